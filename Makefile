@@ -1,0 +1,36 @@
+# One word each; `make help` lists them. All of them set up what they need first.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench lock clean
+
+BIN := .venv/bin
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: ## build .venv from the lock and make the small model (once; then a second)
+	@scripts/setup.sh
+
+demo: setup ## the same agents on vLLM, stock LMCache and kvtier, side by side
+	$(BIN)/kvtier demo
+
+test: setup ## all tests that this machine can run
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff, mypy --strict and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## what a decision costs the scheduler
+	$(BIN)/python bench/decision_cost.py
+
+lock: setup ## resolve the environment anew (requirements/cpu.txt)
+	scripts/lock.sh
+
+clean: ## remove .venv and caches of the tree; the model stays in the user's cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
