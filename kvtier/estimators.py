@@ -1,0 +1,394 @@
+"""Online models of the three speeds a decision depends on: link, prefill and queue.
+
+Every model is a small frozen dataclass (safe to put into a state and to keep for an
+explanation); every estimator owns a model, corrects it from measurements and hands out a new one.
+The initial model comes from calibration, or from a formula before the first calibration.
+
+Both fits are the same: exponentially decayed least squares of the *relative* error, pulled towards
+the initial model times a running scale. As long as the samples do not tell two coefficients apart
+(all transfers equally long, no cached tokens yet) the result is therefore the scaled initial model;
+with spread samples the pull vanishes. The influence of one sample is bounded (``OUTLIER_RATIO``),
+and a streak of equal outliers, which is a change and not an outlier, is believed quickly.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+OUTLIER_RATIO = 2.0
+"""One sample counts at most as this many times slower or faster than predicted."""
+DECAY = 0.97
+"""Weight of the past after each sample: an effective window of 1 / (1 - 0.97) = 33 samples."""
+INITIAL_WEIGHT = 1.0
+"""Samples that the initial model's scale is worth; decays like a sample."""
+RIDGE_WEIGHT = 0.1
+"""Samples that the pull to the scaled initial model is worth, in every direction."""
+MAX_RATE_CORRECTION = 64.0
+"""The link's measured rate stays within this factor of the initial curve."""
+MAX_LATENCY_S = 10.0
+"""Upper clamp of a link's fitted latency."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkModel:
+    """Time of a copy between GPU and CPU memory in one direction.
+
+    Attributes:
+        latency_s: fixed cost of one transfer, seconds.
+        points: ascending ``(run_bytes, bytes_per_s)``: the measured rate for copies made of
+            contiguous runs of that many bytes. Between points the rate is interpolated linearly in
+            log-log space, outside them it is the end point's.
+
+    Raises:
+        ValueError: no point, points not ascending, or a value not finite and positive.
+    """
+
+    latency_s: float
+    points: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        """Check the curve."""
+        if not self.points:
+            msg = "a link model needs at least one point"
+            raise ValueError(msg)
+        if not (math.isfinite(self.latency_s) and self.latency_s >= 0):
+            msg = f"latency_s must be finite and >= 0, not {self.latency_s}"
+            raise ValueError(msg)
+        previous = 0
+        for run_bytes, rate in self.points:
+            if run_bytes <= previous or not math.isfinite(rate) or rate <= 0:
+                msg = f"points must ascend and have finite positive rates: {self.points}"
+                raise ValueError(msg)
+            previous = run_bytes
+
+    def bytes_per_s(self, run_bytes: int) -> float:
+        """Return the rate in bytes/s for contiguous runs of ``run_bytes``."""
+        points = self.points
+        if run_bytes <= points[0][0]:
+            return points[0][1]
+        if run_bytes >= points[-1][0]:
+            return points[-1][1]
+        i = bisect_right(points, run_bytes, key=lambda point: point[0])
+        (x0, y0), (x1, y1) = points[i - 1], points[i]
+        share = math.log(run_bytes / x0) / math.log(x1 / x0)
+        return y0 * math.exp(share * math.log(y1 / y0))
+
+    def seconds(self, n_bytes: int, run_bytes: int, backlog_bytes: int = 0) -> float:
+        """Return the seconds until ``n_bytes`` have arrived behind ``backlog_bytes`` queued ones.
+
+        ``latency + (backlog + n) / rate(run)``; the backlog is taken to have the same run size.
+        Zero bytes take zero seconds.
+        """
+        if n_bytes <= 0:
+            return 0.0
+        return self.latency_s + (n_bytes + max(backlog_bytes, 0)) / self.bytes_per_s(run_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillModel:
+    """Prefill time as a quadratic in cached and new tokens, the engine otherwise idle.
+
+    ``seconds = base_s + per_token_s * new + per_cached_pair_s * new * cached
+    + per_new_pair_s * new**2``: the token-wise layers are linear in the new tokens, attention is
+    one product of new with cached and one of new with new tokens.
+
+    Raises:
+        ValueError: a coefficient is negative or not finite.
+    """
+
+    base_s: float
+    per_token_s: float
+    per_cached_pair_s: float
+    per_new_pair_s: float
+
+    def __post_init__(self) -> None:
+        """Check the coefficients."""
+        for value in self.coefficients:
+            if not (math.isfinite(value) and value >= 0):
+                msg = f"prefill coefficients must be finite and >= 0: {self.coefficients}"
+                raise ValueError(msg)
+
+    @property
+    def coefficients(self) -> tuple[float, float, float, float]:
+        """The coefficients (a, b, c, d) of (1, new, new * cached, new**2)."""
+        return (self.base_s, self.per_token_s, self.per_cached_pair_s, self.per_new_pair_s)
+
+    @classmethod
+    def from_flops(
+        cls, n_parameters: float, n_layers: int, attention_width: int, flops_per_s: float
+    ) -> "PrefillModel":
+        """Build the model from operation counts, for use before the first measurement.
+
+        ``2 * parameters * new`` for the matrix products plus
+        ``4 * layers * width * new * (cached + new / 2)`` for causal attention (QK^T and AV, two
+        operations per multiply-add), over ``flops_per_s`` achieved.
+
+        Args:
+            n_parameters: parameters used per token (active ones of a mixture of experts).
+            n_layers: attention layers.
+            attention_width: query heads times head dimension.
+            flops_per_s: achieved, not peak, operations per second.
+
+        Raises:
+            ValueError: ``flops_per_s`` is not positive.
+        """
+        if flops_per_s <= 0:
+            msg = f"flops_per_s must be > 0, not {flops_per_s}"
+            raise ValueError(msg)
+        per_pair_s = n_layers * attention_width / flops_per_s
+        return cls(0.0, 2.0 * n_parameters / flops_per_s, 4.0 * per_pair_s, 2.0 * per_pair_s)
+
+    def seconds(self, cached_tokens: int, new_tokens: int) -> float:
+        """Return the seconds to prefill ``new_tokens`` after ``cached_tokens``; 0 for no token."""
+        if new_tokens <= 0:
+            return 0.0
+        per_token_s = (
+            self.per_token_s
+            + self.per_cached_pair_s * cached_tokens
+            + self.per_new_pair_s * new_tokens
+        )
+        return self.base_s + per_token_s * new_tokens
+
+
+class LinkEstimator:
+    """Corrects a calibrated link model from the transfers the worker reports."""
+
+    def __init__(self, initial: LinkModel) -> None:
+        """Start from ``initial``; its shape over run sizes is kept, latency and rate are fitted."""
+        self._initial = initial
+        # Coefficients: latency in s, and slowdown against the initial rate (1 = as calibrated).
+        self._fit = _DecayedFit((initial.latency_s, 1.0))
+        self._model = initial
+
+    def observe(self, n_bytes: int, run_bytes: int, seconds: float) -> None:
+        """Add one finished transfer.
+
+        Args:
+            n_bytes: bytes moved, > 0.
+            run_bytes: typical contiguous run of it.
+            seconds: its own service time, without waiting for transfers before it.
+
+        Raises:
+            ValueError: ``n_bytes`` <= 0, or ``seconds`` negative or not finite.
+        """
+        if n_bytes <= 0:
+            msg = f"n_bytes must be > 0, not {n_bytes}"
+            raise ValueError(msg)
+        self._fit.observe((1.0, n_bytes / self._initial.bytes_per_s(run_bytes)), seconds)
+        latency_s, slowdown = self._fit.coefficients
+        slowdown = min(max(slowdown, 1.0 / MAX_RATE_CORRECTION), MAX_RATE_CORRECTION)
+        self._model = LinkModel(
+            min(latency_s, MAX_LATENCY_S),
+            tuple((run, rate / slowdown) for run, rate in self._initial.points),
+        )
+
+    def model(self) -> LinkModel:
+        """Return the current model."""
+        return self._model
+
+
+class PrefillEstimator:
+    """Corrects the prefill model from steps whose time was mostly one request's prefill."""
+
+    def __init__(self, initial: PrefillModel) -> None:
+        """Start from ``initial`` (a calibration profile or :meth:`PrefillModel.from_flops`).
+
+        Raises:
+            ValueError: all coefficients of ``initial`` are zero.
+        """
+        if not any(initial.coefficients):
+            msg = "the initial prefill model must not be all zero"
+            raise ValueError(msg)
+        self._fit = _DecayedFit(initial.coefficients)
+        self._model = initial
+
+    def observe(self, cached_tokens: int, new_tokens: int, seconds: float) -> None:
+        """Add one measured prefill of ``new_tokens`` after ``cached_tokens``.
+
+        Raises:
+            ValueError: ``new_tokens`` <= 0, ``cached_tokens`` < 0, ``seconds`` negative or not
+                finite.
+        """
+        if new_tokens <= 0 or cached_tokens < 0:
+            msg = f"new_tokens must be > 0 and cached_tokens >= 0: {new_tokens}, {cached_tokens}"
+            raise ValueError(msg)
+        new, cached = float(new_tokens), float(cached_tokens)
+        self._fit.observe((1.0, new, new * cached, new * new), seconds)
+        self._model = PrefillModel(*self._fit.coefficients)
+
+    def model(self) -> PrefillModel:
+        """Return the current model."""
+        return self._model
+
+
+class QueueEstimator:
+    """Queue delay by Little's law: token backlog over measured throughput, times a correction.
+
+    The throughput is the decayed least-squares slope through the origin of tokens over step time,
+    ``sum(n * n) / sum(n * t)``: it weights a step by its tokens, because the steps that work off a
+    backlog are full prefill steps, not decode steps of a few tokens.
+    """
+
+    def __init__(self, initial_tokens_per_s: float = 2000.0, window_s: float = 30.0) -> None:
+        """Start from a guessed throughput, forgotten over ``window_s`` of busy time.
+
+        Raises:
+            ValueError: an argument is not positive.
+        """
+        if initial_tokens_per_s <= 0 or window_s <= 0:
+            msg = "initial_tokens_per_s and window_s must be > 0"
+            raise ValueError(msg)
+        self._window_s = window_s
+        # The guess weighs as much as one step of one token: any real step outweighs it.
+        self._token_squares = 1.0
+        self._token_seconds = 1.0 / initial_tokens_per_s
+        self._log_correction = 0.0
+
+    @property
+    def throughput_tokens_per_s(self) -> float:
+        """Tokens per second that full steps achieve."""
+        return self._token_squares / self._token_seconds
+
+    @property
+    def correction(self) -> float:
+        """Running ratio of actual to predicted waits, within 1/8 ... 8."""
+        return math.exp(self._log_correction)
+
+    def observe_step(self, scheduled_tokens: int, seconds: float) -> None:
+        """Add one engine step; steps without tokens say nothing about throughput and are skipped.
+
+        Raises:
+            ValueError: ``seconds`` negative or not finite.
+        """
+        _check_seconds(seconds)
+        if scheduled_tokens <= 0 or seconds == 0.0:
+            return
+        # A stalled step (paged out, stopped in a debugger) may not erase the whole history.
+        seconds = min(seconds, 0.2 * self._window_s)
+        keep = math.exp(-seconds / self._window_s)
+        self._token_squares = keep * self._token_squares + scheduled_tokens**2
+        self._token_seconds = keep * self._token_seconds + scheduled_tokens * seconds
+
+    def observe_wait(self, predicted_s: float, actual_s: float) -> None:
+        """Compare a wait with what :meth:`delay_s` had predicted for it.
+
+        Args:
+            predicted_s: the value :meth:`delay_s` returned when the request arrived.
+            actual_s: seconds from its arrival until it was first scheduled.
+
+        Raises:
+            ValueError: an argument negative or not finite.
+        """
+        _check_seconds(predicted_s)
+        _check_seconds(actual_s)
+        # 10 ms on both sides: waits of a step or less are noise. A tenth of the log ratio, and at
+        # most a factor of 4 a sample, so that one odd wait moves the correction by 15 % at most.
+        log_ratio = math.log((actual_s + 0.01) / (predicted_s + 0.01))
+        step = 0.1 * min(max(log_ratio, -math.log(4.0)), math.log(4.0))
+        bound = math.log(8.0)
+        self._log_correction = min(max(self._log_correction + step, -bound), bound)
+
+    def delay_s(self, backlog_tokens: int) -> float:
+        """Return the seconds until a backlog of ``backlog_tokens`` is worked off."""
+        return max(backlog_tokens, 0) / self.throughput_tokens_per_s * self.correction
+
+
+class _DecayedFit:
+    """Non-negative decayed least squares of seconds over features; see the module's docstring."""
+
+    def __init__(self, initial: Sequence[float]) -> None:
+        """Start from the coefficients ``initial``, not all zero."""
+        size = len(initial)
+        self._initial = tuple(initial)
+        self.coefficients = tuple(initial)
+        self._normal = [[0.0] * size for _ in range(size)]
+        self._target = [0.0] * size
+        self._weight = 0.0
+        self._scale_weight = INITIAL_WEIGHT
+        self._log_scale_sum = 0.0
+        self._outlier_streak = 0
+
+    def observe(self, features: Sequence[float], seconds: float) -> None:
+        """Add one sample and refit."""
+        _check_seconds(seconds)
+        expected_s = max(_dot(self._initial, features), 1e-9)
+        believed_s = self._believe(seconds, max(_dot(self.coefficients, features), 1e-9))
+        self._scale_weight = DECAY * self._scale_weight + 1.0
+        self._log_scale_sum = DECAY * self._log_scale_sum + math.log(believed_s / expected_s)
+        self._weight = DECAY * self._weight + 1.0
+        # Rows are divided by the initial model's time, so that long samples do not dominate and
+        # the weights stay comparable when the speed itself changes.
+        row = [value / expected_s for value in features]
+        for i, left in enumerate(row):
+            self._target[i] = DECAY * self._target[i] + left * believed_s / expected_s
+            normal_row = self._normal[i]
+            for j, right in enumerate(row):
+                normal_row[j] = DECAY * normal_row[j] + left * right
+        self.coefficients = self._solve()
+
+    def _believe(self, seconds: float, predicted_s: float) -> float:
+        """Clip one sample's time around the prediction; repeated outliers widen the clip."""
+        limit = OUTLIER_RATIO * 2.0 ** abs(self._outlier_streak)
+        ratio = seconds / predicted_s
+        if 1.0 / OUTLIER_RATIO <= ratio <= OUTLIER_RATIO:
+            self._outlier_streak = 0
+            return seconds
+        side = 1 if ratio > 1.0 else -1
+        if side * self._outlier_streak < 0:
+            self._outlier_streak, limit = 0, OUTLIER_RATIO
+        self._outlier_streak = min(max(self._outlier_streak + side, -8), 8)
+        return predicted_s * min(max(ratio, 1.0 / limit), limit)
+
+    def _solve(self) -> tuple[float, ...]:
+        """Solve the ridge system, leaving out coefficients that would become negative."""
+        size = len(self._initial)
+        scale = math.exp(self._log_scale_sum / self._scale_weight)
+        anchor = [scale * value for value in self._initial]
+        norm = [math.sqrt(self._normal[i][i]) for i in range(size)]
+        solution = list(anchor)
+        # A feature that was zero in every sample keeps its scaled initial coefficient.
+        active = [i for i in range(size) if norm[i] > 0.0]
+        ridge = RIDGE_WEIGHT / self._weight
+        while active:
+            matrix = [
+                [
+                    self._normal[i][j] / (norm[i] * norm[j]) + (ridge if i == j else 0.0)
+                    for j in active
+                ]
+                for i in active
+            ]
+            right = [self._target[i] / norm[i] + ridge * anchor[i] * norm[i] for i in active]
+            values = _solve_linear(matrix, right)
+            worst = min(range(len(active)), key=values.__getitem__)
+            if values[worst] >= 0.0:
+                for i, value in zip(active, values, strict=True):
+                    solution[i] = value / norm[i]
+                break
+            solution[active.pop(worst)] = 0.0
+        return tuple(solution)
+
+
+def _solve_linear(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """Solve a small positive definite system by Gaussian elimination (in place)."""
+    size = len(right)
+    for i in range(size):
+        for row in range(i + 1, size):
+            factor = matrix[row][i] / matrix[i][i]
+            for column in range(i, size):
+                matrix[row][column] -= factor * matrix[i][column]
+            right[row] -= factor * right[i]
+    for i in reversed(range(size)):
+        known = sum(matrix[i][j] * right[j] for j in range(i + 1, size))
+        right[i] = (right[i] - known) / matrix[i][i]
+    return right
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))
+
+
+def _check_seconds(seconds: float) -> None:
+    if not (math.isfinite(seconds) and seconds >= 0.0):
+        msg = f"seconds must be finite and >= 0, not {seconds}"
+        raise ValueError(msg)
