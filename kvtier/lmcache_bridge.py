@@ -1,0 +1,247 @@
+"""`TierBackend` on an LMCache server that runs kvtier's module (`kvtier.server_module`).
+
+A ZeroMQ DEALER used from the scheduler's thread without blocking: ZeroMQ's own I/O thread is native, so
+nothing here contends for the interpreter lock (DESIGN D11). No LMCache code is imported: what kvtier
+needs of LMCache happens inside its server.
+
+When the server does not answer within `timeout_s`, everything pending fails, the state becomes `away`
+(kvtier pins only, prompts that are not in GPU memory are recomputed) and a hello is tried again every
+`retry_s`. A restarted server has another generation; ids from before it mean nothing to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import msgspec
+import psutil
+import zmq
+
+from kvtier import wire
+from kvtier.backend import (
+    CommitDone,
+    LookupDone,
+    OperationFailed,
+    Region,
+    ReserveDone,
+    StateChanged,
+    TierEvent,
+    TierState,
+)
+
+logger = logging.getLogger(__name__)
+
+_HELLO_ID = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeConfig:
+    """Where the server is and how the engine's KV is laid out."""
+
+    endpoint: str
+    owner: str
+    ranks: int
+    slot_bytes: int
+    timeout_s: float = 5.0
+    retry_s: float = 1.0
+
+
+class LMCacheBridge:
+    """See the module's docstring. Not thread-safe: used by the scheduler's thread."""
+
+    def __init__(self, config: BridgeConfig, now_s: float) -> None:
+        self._config = config
+        self._state = TierState.CONNECTING
+        self._region: Region | None = None
+        self._zmq = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._open()
+        self._next_id = _HELLO_ID + 1
+        self._pending: dict[int, float] = {}
+        self._events: list[TierEvent] = []
+        self._hello_sent_s = float("-inf")
+        self._now_s = now_s
+        self._incompatible: str | None = None
+        self._session = 0
+        self._say_hello()
+
+    def _open(self) -> zmq.Socket[bytes]:
+        socket = self._zmq.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        # Never queue for a server that is not there: a request must not surface minutes later.
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        socket.connect(self._config.endpoint)
+        return socket
+
+    @property
+    def state(self) -> TierState:
+        """See `TierBackend.state`."""
+        return self._state
+
+    @property
+    def region(self) -> Region | None:
+        """See `TierBackend.region`."""
+        return self._region
+
+    def lookup(self, namespace: str, program: str, keys: bytes) -> int:
+        """See `TierBackend.lookup`."""
+        return self._send(lambda i: wire.Lookup(i, namespace, program, keys, self._config.ranks))
+
+    def trim(self, lookup_id: int, keep_from: int, keep_to: int) -> None:
+        """See `TierBackend.trim`. If it is lost, the server releases the locks with the session."""
+        self._send(lambda i: wire.Trim(i, lookup_id, keep_from, keep_to), expect_event=False)
+
+    def reserve(  # noqa: PLR0913
+        self,
+        namespace: str,
+        program: str,
+        keys: bytes,
+        start: int,
+        end: int,
+        value_s: float,
+        lease_s: float,
+    ) -> int:
+        """See `TierBackend.reserve`."""
+        config = self._config
+        return self._send(
+            lambda i: wire.Reserve(
+                i,
+                namespace,
+                program,
+                keys,
+                start,
+                end,
+                config.ranks,
+                config.slot_bytes,
+                value_s,
+                lease_s,
+            )
+        )
+
+    def commit(self, reserve_id: int, *, ok: bool) -> int:
+        """See `TierBackend.commit`."""
+        return self._send(lambda i: wire.Commit(i, reserve_id, ok))
+
+    def drop(self, namespace: str, program: str) -> None:
+        """See `TierBackend.drop`."""
+        self._send(lambda i: wire.Drop(i, namespace, program), expect_event=False)
+
+    def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
+        """See `TierBackend.poll`."""
+        self._now_s = now_s
+        if wait_s > 0 and not self._events:
+            self._socket.poll(int(wait_s * 1000))
+        while True:
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            self._receive(frame)
+        if self._pending and now_s - next(iter(self._pending.values())) > self._config.timeout_s:
+            self._go_away("timeout", f"no answer for {self._config.timeout_s:g} s")
+        if self._state is not TierState.READY and self._incompatible is None:
+            self._say_hello()
+        events, self._events = self._events, []
+        return events
+
+    def close(self) -> None:
+        """Leave. The server releases this engine's locks when the process is gone."""
+        self._socket.close()
+        self._zmq.term()
+
+    # -- internals ---------------------------------------------------------------------------------
+
+    def _send(self, build: object, *, expect_event: bool = True) -> int:
+        op_id = self._next_id
+        self._next_id += 1
+        if self._state is not TierState.READY:
+            if expect_event:
+                self._events.append(OperationFailed(op_id, f"tier_{self._state}", "not connected"))
+            return op_id
+        assert callable(build)
+        try:
+            self._socket.send(wire.encoder.encode(build(op_id)), zmq.NOBLOCK)
+        except zmq.Again:
+            if expect_event:
+                self._pending[op_id] = self._now_s
+            self._go_away("unreachable", "the connection is gone")
+            return op_id
+        if expect_event:
+            self._pending[op_id] = self._now_s
+        return op_id
+
+    def _say_hello(self) -> None:
+        if self._now_s - self._hello_sent_s < self._config.retry_s:
+            return
+        self._hello_sent_s = self._now_s
+        pid = os.getpid()
+        owner = f"{self._config.owner}/{self._session}"
+        hello = wire.Hello(_HELLO_ID, wire.API_VERSION, owner, pid, psutil.Process(pid).create_time())
+        try:
+            self._socket.send(wire.encoder.encode(hello), zmq.NOBLOCK)
+        except zmq.Again:
+            return
+
+    def _receive(self, frame: bytes) -> None:
+        try:
+            reply = wire.reply_decoder.decode(frame)
+        except msgspec.DecodeError as error:
+            self._go_away("malformed", f"the server's answer cannot be read: {error}")
+            return
+        if isinstance(reply, wire.HelloReply):
+            self._connected(reply)
+            return
+        if isinstance(reply, wire.Failed) and reply.id == _HELLO_ID:
+            self._refused(reply)
+            return
+        if self._pending.pop(reply.id, None) is None:
+            if isinstance(reply, wire.LookupReply) and reply.hit_chunks:
+                # Too late: nobody waits for it any more, so give the locks back.
+                self.trim(reply.id, 0, 0)
+            return
+        match reply:
+            case wire.LookupReply():
+                self._events.append(LookupDone(reply.id, reply.generation, reply.hit_chunks, reply.slots))
+            case wire.ReserveReply():
+                self._events.append(ReserveDone(reply.id, reply.generation, reply.slots))
+            case wire.CommitReply():
+                self._events.append(CommitDone(reply.id, reply.resident_chunks))
+            case wire.Failed():
+                self._events.append(OperationFailed(reply.id, reply.reason, reply.detail))
+                if reply.reason == "unknown_owner":
+                    self._go_away("server_restarted", "the server does not know this engine")
+            case _:
+                self._events.append(OperationFailed(reply.id, "malformed", type(reply).__name__))
+
+    def _connected(self, reply: wire.HelloReply) -> None:
+        if self._region is not None and self._region.generation != reply.generation:
+            self._fail_pending("server_restarted", "the server was restarted")
+        self._region = Region(reply.shm_name, reply.pool_bytes, reply.generation)
+        if self._state is not TierState.READY:
+            self._state = TierState.READY
+            detail = f"{reply.pool_bytes / 1e9:.1f} GB in {reply.shm_name}"
+            if reply.eviction_policy not in ("noop", "unknown"):
+                detail += f"; eviction policy {reply.eviction_policy}: leases are best effort"
+            self._events.append(StateChanged(self._state, detail))
+
+    def _refused(self, reply: wire.Failed) -> None:
+        if reply.reason in ("api_mismatch", "no_shared_memory"):
+            self._incompatible = reply.detail
+        self._go_away(reply.reason, reply.detail)
+
+    def _fail_pending(self, reason: str, detail: str) -> None:
+        self._events.extend(OperationFailed(op_id, reason, detail) for op_id in self._pending)
+        self._pending.clear()
+
+    def _go_away(self, reason: str, detail: str) -> None:
+        self._fail_pending(reason, detail)
+        if self._state is not TierState.AWAY:
+            self._state = TierState.AWAY
+            self._events.append(StateChanged(self._state, f"{reason}: {detail}"))
+            # A new session: the server keeps what the old one holds until no copy can be using it.
+            self._session += 1
+            self._socket.close()
+            self._socket = self._open()

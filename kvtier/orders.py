@@ -1,0 +1,99 @@
+"""What the scheduler half asks of the worker half in one step, and what it hears back.
+
+Plain picklable dataclasses: they cross a process boundary inside vLLM's connector metadata.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvtier.backend import Region
+
+Direction = Literal["store", "load"]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Copy KV between GPU blocks and slots of the shared region.
+
+    Attributes:
+        order_id: Unique in this engine.
+        direction: "store" copies blocks to slots, "load" slots to blocks.
+        request_id: For a load, the request that waits for it.
+        block_ids: GPU blocks, `chunk_blocks` for each chunk, in token order.
+        slots: For each rank, one byte offset a chunk; -1 means "not this chunk" (it is there already).
+        chunk_blocks: Blocks a chunk.
+        skip_blocks: Leading blocks that a load must not write: they hold valid KV that others may read.
+        generation: The region's generation that the offsets belong to.
+        deadline_s: Monotonic time after which the order must not touch memory any more.
+    """
+
+    order_id: int
+    direction: Direction
+    request_id: str
+    block_ids: tuple[int, ...]
+    slots: list[list[int]]
+    chunk_blocks: int
+    skip_blocks: int
+    generation: str
+    deadline_s: float
+
+
+@dataclass(slots=True)
+class StepOrders:
+    """Orders of one step, and the region they point into."""
+
+    region: Region | None = None
+    loads: list[Order] = field(default_factory=list)
+    stores: list[Order] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class OrderResult:
+    """How an order ended on one worker.
+
+    Attributes:
+        n_bytes: Bytes copied by this worker.
+        seconds: Time the copy took, without waiting in line.
+        run_bytes: Mean length of the contiguous runs it was made of.
+    """
+
+    order_id: int
+    direction: Direction
+    ok: bool
+    n_bytes: int
+    seconds: float
+    run_bytes: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Measured or remembered speeds of this machine and model.
+
+    Attributes:
+        store: Latency in seconds and (run_bytes, bytes_per_s) points, GPU blocks to slots.
+        load: The same for slots to GPU blocks.
+        prefill: (cached_tokens, new_tokens, seconds) samples of earlier runs.
+        profile_path: Where the scheduler half saves what it learns; empty to save nothing.
+    """
+
+    store: tuple[float, tuple[tuple[int, float], ...]]
+    load: tuple[float, tuple[tuple[int, float], ...]]
+    prefill: tuple[tuple[int, int, float], ...]
+    profile_path: str
+
+
+def merge_results(results: list[OrderResult]) -> OrderResult:
+    """One order's results from all ranks: they ran side by side, and one failure fails it."""
+    failed = next((r for r in results if not r.ok), None)
+    return OrderResult(
+        results[0].order_id,
+        results[0].direction,
+        failed is None,
+        sum(r.n_bytes for r in results),
+        max(r.seconds for r in results),
+        results[0].run_bytes,
+        failed.error if failed else "",
+    )

@@ -1,0 +1,342 @@
+"""Who has which chunks in the CPU tier, what they are worth, and what goes when room is needed.
+
+Pure bookkeeping over an `L1Store` (LMCache's L1 in the server, a fake in tests). One instance lives in
+the LMCache server and is used from one thread.
+
+Terms:
+
+- **chunk**: the KV of `chunk_tokens` tokens of one rank, in one slot of the shared region.
+- **chain**: a program's chunk keys in order; key i covers everything up to chunk i, so a chain is only
+  useful up to its first missing chunk, and is evicted from its tail.
+- **lease**: the time for which a program's value holds. Leased chunks go only to make room for something
+  worth more per byte; chunks without a live lease go first.
+
+Invariants: a locked chunk (being read by a lookup) is never evicted; a reservation is invisible until it
+is committed; when an engine is gone its locks and reservations are gone too.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvtier.wire import split_keys
+
+DISPLACE_MARGIN = 1.25
+"""A leased program is displaced only by one worth this much more per byte: no thrash between equals."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkId:
+    """One chunk of one rank."""
+
+    namespace: str
+    key: bytes
+    rank: int
+
+
+class L1Store(Protocol):
+    """The operations on L1 memory that residency needs. Offsets are bytes into the shared region."""
+
+    def allocate(self, chunks: list[ChunkId], slot_bytes: int, tag: str) -> dict[ChunkId, int] | None:
+        """Stage new chunks: all of `chunks` that are not resident get a slot, or None when full."""
+
+    def admit(self, chunks: list[ChunkId], tag: str) -> list[ChunkId]:
+        """Make staged chunks resident; returns those that are resident now."""
+
+    def discard(self, chunks: list[ChunkId], tag: str) -> None:
+        """Give up staged chunks."""
+
+    def lock(self, chunks: list[ChunkId]) -> list[int | None]:
+        """Read-lock resident chunks; the offset of each, None where it is not resident."""
+
+    def unlock(self, chunks: list[ChunkId]) -> None:
+        """Undo `lock`."""
+
+    def resident(self, chunk: ChunkId) -> bool:
+        """Whether the chunk can be read."""
+
+    def delete(self, chunks: list[ChunkId]) -> None:
+        """Free resident chunks; unknown ones are ignored."""
+
+
+@dataclass(slots=True)
+class _Program:
+    keys: list[bytes] = field(default_factory=list)
+    value_s: float = 0.0
+    lease_until_s: float = 0.0
+    used_s: float = 0.0
+    slot_bytes: int = 1
+    ranks: int = 1
+
+    def density(self) -> float:
+        """Value per byte, seconds/byte."""
+        return self.value_s / max(1, len(self.keys) * self.slot_bytes * self.ranks)
+
+
+@dataclass(slots=True)
+class _Reservation:
+    namespace: str
+    program: str
+    keys: list[bytes]
+    end: int
+    chunks: list[ChunkId]
+    tag: str
+    ranks: int
+    slot_bytes: int
+    value_s: float
+    lease_s: float
+
+
+@dataclass(slots=True)
+class _Lock:
+    namespace: str
+    keys: list[bytes]
+    start: int
+    ranks: int
+
+
+class ResidencyTable:
+    """Programs, chunk references, locks and reservations of one LMCache server."""
+
+    def __init__(self, store: L1Store) -> None:
+        self._store = store
+        self._programs: dict[tuple[str, str], _Program] = {}
+        self._refs: dict[tuple[str, bytes], int] = {}
+        self._ranks: dict[tuple[str, bytes], int] = {}
+        # Chunks that no program references any more, oldest first: evicted before anything else.
+        self._orphans: OrderedDict[tuple[str, bytes], None] = OrderedDict()
+        self._locks: dict[tuple[str, int], _Lock] = {}
+        self._locked: dict[tuple[str, bytes], int] = {}
+        self._reservations: dict[tuple[str, int], _Reservation] = {}
+        self.evicted_chunks = 0
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def lookup(
+        self, owner: str, lookup_id: int, namespace: str, program: str, keys: bytes, ranks: int, now_s: float
+    ) -> tuple[int, list[list[int]]]:
+        """Lock the longest prefix that every rank holds; returns its length and each rank's slots."""
+        chain = split_keys(keys)
+        slots: list[list[int]] = [[] for _ in range(ranks)]
+        hit = 0
+        for key in chain:
+            chunks = [ChunkId(namespace, key, rank) for rank in range(ranks)]
+            offsets = self._store.lock(chunks)
+            if any(offset is None for offset in offsets):
+                self._store.unlock([c for c, o in zip(chunks, offsets, strict=True) if o is not None])
+                break
+            for rank, offset in enumerate(offsets):
+                assert offset is not None
+                slots[rank].append(offset)
+            self._count_lock((namespace, key), 1)
+            hit += 1
+        record = self._programs.get((namespace, program))
+        if record is not None:
+            record.used_s = now_s
+        if hit:
+            self._locks[owner, lookup_id] = _Lock(namespace, chain[:hit], 0, ranks)
+        return hit, slots
+
+    def trim(self, owner: str, lookup_id: int, keep_from: int, keep_to: int) -> None:
+        """Unlock what a lookup holds outside chunks [keep_from, keep_to); nothing left ends it."""
+        lock = self._locks.get((owner, lookup_id))
+        if lock is None:
+            return
+        end = lock.start + len(lock.keys)
+        keep_from = min(max(keep_from, lock.start), end)
+        keep_to = max(min(keep_to, end), keep_from)
+        lo, hi = keep_from - lock.start, keep_to - lock.start
+        self._unlock(lock, lock.keys[:lo] + lock.keys[hi:])
+        if lo == hi:
+            del self._locks[owner, lookup_id]
+        else:
+            lock.keys, lock.start = lock.keys[lo:hi], keep_from
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def reserve(  # noqa: PLR0913 - one message's fields
+        self,
+        owner: str,
+        reserve_id: int,
+        namespace: str,
+        program: str,
+        keys: bytes,
+        start: int,
+        end: int,
+        ranks: int,
+        slot_bytes: int,
+        value_s: float,
+        lease_s: float,
+        now_s: float,
+    ) -> list[list[int]] | None:
+        """Slots for chunks [start, end), -1 where resident; None when no room can be made."""
+        chain = split_keys(keys)
+        missing = [
+            key
+            for key in chain[start:end]
+            if not all(self._store.resident(ChunkId(namespace, key, r)) for r in range(ranks))
+        ]
+        wanted = [ChunkId(namespace, key, rank) for key in missing for rank in range(ranks)]
+        tag = f"{owner}:{reserve_id}"
+        density = value_s / max(1, len(chain) * slot_bytes * ranks)
+        # The program's own prefix must not be evicted to make room for its tail.
+        protect = (namespace, program), set(chain)
+        offsets = self._store.allocate(wanted, slot_bytes, tag) if wanted else {}
+        while offsets is None:
+            if not self._evict(len(wanted) * slot_bytes, density, protect, now_s):
+                return None
+            offsets = self._store.allocate(wanted, slot_bytes, tag)
+        self._reservations[owner, reserve_id] = _Reservation(
+            namespace, program, chain, end, list(offsets), tag, ranks, slot_bytes, value_s, lease_s
+        )
+        return [
+            [offsets.get(ChunkId(namespace, key, rank), -1) for key in chain[start:end]]
+            for rank in range(ranks)
+        ]
+
+    def commit(self, owner: str, reserve_id: int, now_s: float, *, ok: bool) -> int | None:
+        """End a reservation. Returns the resident prefix length, None when it is unknown."""
+        res = self._reservations.pop((owner, reserve_id), None)
+        if res is None:
+            return None
+        if not ok:
+            self._store.discard(res.chunks, res.tag)
+            return 0
+        self._store.admit(res.chunks, res.tag)
+        resident = 0
+        for key in res.keys[: res.end]:
+            if not all(self._store.resident(ChunkId(res.namespace, key, r)) for r in range(res.ranks)):
+                break
+            resident += 1
+        self._set_chain(res, res.keys[:resident], now_s)
+        # Chunks beyond a hole cannot be read by anyone: do not keep them alive.
+        for key in res.keys[resident : res.end]:
+            self._orphan_if_unreferenced((res.namespace, key), res.ranks)
+        return resident
+
+    def drop(self, namespace: str, program: str) -> None:
+        """Forget a program; free what only it referenced and nobody reads."""
+        record = self._programs.pop((namespace, program), None)
+        if record is None:
+            return
+        for key in reversed(record.keys):
+            self._unref((namespace, key))
+            if (namespace, key) in self._orphans and not self._locked.get((namespace, key)):
+                self._free((namespace, key))
+
+    def owner_gone(self, owner: str) -> None:
+        """An engine died: release its locks, discard its reservations. Its chains stay for others."""
+        for ref in [ref for ref in self._locks if ref[0] == owner]:
+            lock = self._locks.pop(ref)
+            self._unlock(lock, lock.keys)
+        for ref in [ref for ref in self._reservations if ref[0] == owner]:
+            res = self._reservations.pop(ref)
+            self._store.discard(res.chunks, res.tag)
+
+    def counts(self) -> dict[str, int]:
+        """Programs, chunks (per rank), chunks locked, open reservations."""
+        return {
+            "programs": len(self._programs),
+            "chunks": len(self._refs) + len(self._orphans),
+            "locked_chunks": len(self._locked),
+            "reservations": len(self._reservations),
+            "evicted_chunks": self.evicted_chunks,
+        }
+
+    # -- internals ---------------------------------------------------------------------------------
+
+    def _unlock(self, lock: _Lock, keys: list[bytes]) -> None:
+        for key in keys:
+            self._count_lock((lock.namespace, key), -1)
+        self._store.unlock([ChunkId(lock.namespace, key, r) for key in keys for r in range(lock.ranks)])
+
+    def _count_lock(self, chunk: tuple[str, bytes], step: int) -> None:
+        count = self._locked.get(chunk, 0) + step
+        if count > 0:
+            self._locked[chunk] = count
+        else:
+            self._locked.pop(chunk, None)
+
+    def _set_chain(self, res: _Reservation, keys: list[bytes], now_s: float) -> None:
+        record = self._programs.setdefault((res.namespace, res.program), _Program())
+        old = record.keys
+        common = 0
+        while common < min(len(old), len(keys)) and old[common] == keys[common]:
+            common += 1
+        for key in keys[common:]:
+            chunk = (res.namespace, key)
+            self._refs[chunk] = self._refs.get(chunk, 0) + 1
+            self._ranks[chunk] = res.ranks
+            self._orphans.pop(chunk, None)
+        for key in reversed(old[common:]):
+            self._unref((res.namespace, key))
+        record.keys = keys
+        record.value_s, record.lease_until_s = res.value_s, now_s + res.lease_s
+        record.used_s, record.slot_bytes, record.ranks = now_s, res.slot_bytes, res.ranks
+
+    def _unref(self, chunk: tuple[str, bytes]) -> None:
+        count = self._refs.get(chunk, 0) - 1
+        if count > 0:
+            self._refs[chunk] = count
+        else:
+            self._refs.pop(chunk, None)
+            self._orphans[chunk] = None
+
+    def _orphan_if_unreferenced(self, chunk: tuple[str, bytes], ranks: int) -> None:
+        if chunk not in self._refs:
+            self._ranks[chunk] = ranks
+            self._orphans[chunk] = None
+
+    def _free(self, chunk: tuple[str, bytes]) -> int:
+        ranks = self._ranks.pop(chunk, 1)
+        self._orphans.pop(chunk, None)
+        self._store.delete([ChunkId(*chunk, rank) for rank in range(ranks)])
+        return ranks
+
+    def _evict(
+        self, need_bytes: int, density: float, protect: tuple[tuple[str, str], set[bytes]], now_s: float
+    ) -> bool:
+        """Free at least something towards `need_bytes`, cheapest first; False when nothing may go."""
+        own, own_keys = protect
+        freed = 0
+        for chunk in list(self._orphans):
+            if freed >= need_bytes:
+                return True
+            if not self._locked.get(chunk) and not (chunk[0] == own[0] and chunk[1] in own_keys):
+                freed += self._free(chunk) * self._slot_bytes_of(chunk[0])
+                self.evicted_chunks += 1
+        victims = sorted(
+            (
+                (record.lease_until_s > now_s, record.density(), record.used_s, ref)
+                for ref, record in self._programs.items()
+                if ref != own
+                and (record.lease_until_s <= now_s or record.density() * DISPLACE_MARGIN < density)
+            ),
+            key=lambda victim: victim[:3],
+        )
+        for _, _, _, ref in victims:
+            if freed >= need_bytes:
+                break
+            freed += self._evict_tail(ref, need_bytes - freed, own[0], own_keys)
+        return freed > 0
+
+    def _evict_tail(self, ref: tuple[str, str], need_bytes: int, own_ns: str, own_keys: set[bytes]) -> int:
+        record = self._programs[ref]
+        freed = 0
+        while record.keys and freed < need_bytes:
+            chunk = (ref[0], record.keys[-1])
+            if self._locked.get(chunk):
+                break
+            record.keys.pop()
+            self._unref(chunk)
+            if chunk in self._orphans and not (ref[0] == own_ns and chunk[1] in own_keys):
+                freed += self._free(chunk) * record.slot_bytes
+                self.evicted_chunks += 1
+        if not record.keys:
+            del self._programs[ref]
+        return freed
+
+    def _slot_bytes_of(self, namespace: str) -> int:
+        return next((r.slot_bytes for (ns, _), r in self._programs.items() if ns == namespace), 1)

@@ -1,0 +1,168 @@
+"""Messages between an engine's scheduler process and kvtier's module inside the LMCache server.
+
+The transport is one ZeroMQ DEALER (engine) to ROUTER (server) pair over a Unix socket in a directory
+that only the user can enter. A message is one msgpack frame: a tagged `msgspec.Struct`. Messages carry
+chunk keys (16 bytes each) and slot offsets, never token lists: encoding 100k tokens costs milliseconds
+on the scheduler's thread, 400 chunk keys cost microseconds.
+
+Each request has an `id` chosen by the engine; its reply carries the same id. Chunk keys travel as one
+`bytes` of `KEY_BYTES * n`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+API_VERSION = 1
+KEY_BYTES = 16
+
+
+class _Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Base: arrays on the wire, tagged by class name."""
+
+
+class Hello(_Message):
+    """Register an engine. `pid` and `pid_start_s` let the server see that the engine has died."""
+
+    id: int
+    api: int
+    owner: str
+    pid: int
+    pid_start_s: float
+
+
+class Lookup(_Message):
+    """Find and read-lock the longest resident prefix of `keys` that all ranks hold."""
+
+    id: int
+    namespace: str
+    program: str
+    keys: bytes
+    ranks: int
+
+
+class Trim(_Message):
+    """Keep only chunks [keep_from, keep_to) of lookup `lookup_id` locked; an empty range ends it."""
+
+    id: int
+    lookup_id: int
+    keep_from: int
+    keep_to: int
+
+
+class Reserve(_Message):
+    """Ask for slots for chunks [start, end) of a program's chain `keys`.
+
+    `value_s` is what the engine expects to lose, in seconds, if the program's KV were not there at its
+    return; `lease_s` is how long that stays true. Room is made by evicting what is worth less.
+    """
+
+    id: int
+    namespace: str
+    program: str
+    keys: bytes
+    start: int
+    end: int
+    ranks: int
+    slot_bytes: int
+    value_s: float
+    lease_s: float
+
+
+class Commit(_Message):
+    """End reservation `reserve_id`: admit what was written (`ok`) or discard it."""
+
+    id: int
+    reserve_id: int
+    ok: bool
+
+
+class Drop(_Message):
+    """Forget a program. Its chunks go when nothing else references them."""
+
+    id: int
+    namespace: str
+    program: str
+
+
+class Status(_Message):
+    """Ask for counts."""
+
+    id: int
+
+
+class Failed(_Message):
+    """The request could not be served. `reason` is machine-readable."""
+
+    id: int
+    reason: str
+    detail: str
+
+
+class HelloReply(_Message):
+    """The region to map, and which server this is (`generation` changes when it restarts)."""
+
+    id: int
+    api: int
+    generation: str
+    shm_name: str
+    pool_bytes: int
+    eviction_policy: str
+
+
+class LookupReply(_Message):
+    """`hit_chunks` from the start, and for each rank the slot offsets of exactly these chunks."""
+
+    id: int
+    generation: str
+    hit_chunks: int
+    slots: list[list[int]]
+
+
+class ReserveReply(_Message):
+    """For each rank, one slot offset a chunk of [start, end); -1 where it is resident already."""
+
+    id: int
+    generation: str
+    slots: list[list[int]]
+
+
+class CommitReply(_Message):
+    """How many chunks of the program's chain are resident, counted from its start."""
+
+    id: int
+    generation: str
+    resident_chunks: int
+
+
+class StatusReply(_Message):
+    """Counts: bytes used and total, programs, chunks, locks held by lookups, open reservations."""
+
+    id: int
+    generation: str
+    used_bytes: int
+    total_bytes: int
+    programs: int
+    chunks: int
+    locked_chunks: int
+    reservations: int
+    evicted_chunks: int
+
+
+class Ack(_Message):
+    """Done."""
+
+    id: int
+
+
+Request = Hello | Lookup | Trim | Reserve | Commit | Drop | Status
+Reply = Failed | HelloReply | LookupReply | ReserveReply | CommitReply | StatusReply | Ack
+
+encoder = msgspec.msgpack.Encoder()
+request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+def split_keys(keys: bytes) -> list[bytes]:
+    """Cut a key string into its chunk keys."""
+    return [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
