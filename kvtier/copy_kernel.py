@@ -1,0 +1,184 @@
+"""The CPU copy loop: one call per order that holds no interpreter lock while it copies.
+
+vLLM's main thread runs Python between operators, so a copy thread that returned to Python per
+block or layer would wait for the interpreter lock each time. The loop below is compiled with
+numba (``nogil``) and calls libc's ``memcpy``. Without numba the same function runs as Python, one
+``memcpy`` through ctypes per piece: correct, but it contends for the lock.
+"""
+
+# ruff: noqa: ANN401 - numba infers the types of the loop
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import logging
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+STOPPED, DONE, LATE = range(3)
+"""What a call of the loop returns."""
+
+CONTROL_STOP, CONTROL_DEADLINE_NS, CONTROL_FIELDS = range(3)
+NO_DEADLINE_NS = (1 << 63) - 1
+
+STATE_RUN, STATE_PLANE, STATE_OFFSET, STATE_BYTES, STATE_NS, STATE_FIELDS = range(6)
+"""Where a copy stands, so that it can be stopped and resumed, and what it took so far."""
+
+_CLOCK_MONOTONIC = 1
+_SIGNATURE = "int64(int64[:,::1], int64[:,::1], int64, int64, int64, int64[::1], int64[::1])"
+
+
+class CopyKernel(Protocol):
+    """Copies the runs of a plan; returns ``DONE``, ``STOPPED`` or ``LATE``.
+
+    Args:
+        runs, planes: `RunPlan.runs` and `RunPlan.planes`.
+        region_address: address of the slot region.
+        load: 1 copies slots to KV blocks, 0 KV blocks to slots.
+        piece_bytes: largest single ``memcpy``, and the most that is copied between two looks at
+            the clock.
+        state: int64 [STATE_FIELDS], zeros at first; updated as bytes and nanoseconds add up.
+        control: int64 [CONTROL_FIELDS]. Another thread sets ``CONTROL_STOP`` to 1 to have the
+            copy return at the next piece; past ``CONTROL_DEADLINE_NS`` (on CLOCK_MONOTONIC) it
+            returns by itself.
+    """
+
+    def __call__(  # noqa: D102, PLR0913, PLR0917 - see the class
+        self,
+        runs: NDArray[np.int64],
+        planes: NDArray[np.int64],
+        region_address: int,
+        load: int,
+        piece_bytes: int,
+        state: NDArray[np.int64],
+        control: NDArray[np.int64],
+        /,
+    ) -> int: ...
+
+
+def _memcpy(target: Any, source: Any, n_bytes: Any) -> Any:
+    raise NotImplementedError
+
+
+def _clock_gettime(clock_id: Any, timespec_address: Any) -> Any:
+    raise NotImplementedError
+
+
+def _copy_runs(  # noqa: PLR0913, PLR0917 - see CopyKernel
+    runs: Any,
+    planes: Any,
+    region_address: Any,
+    load: Any,
+    piece_bytes: Any,
+    state: Any,
+    control: Any,
+) -> Any:
+    """See `CopyKernel`. A template: `_memcpy` and `_clock_gettime` are bound by `_bind`."""
+    clock = np.zeros(2, np.int64)  # a struct timespec
+    _clock_gettime(_CLOCK_MONOTONIC, clock.ctypes.data)
+    started_ns = clock[0] * 1_000_000_000 + clock[1]
+    outcome = LATE if started_ns > control[CONTROL_DEADLINE_NS] else DONE
+    unchecked = 0
+    while outcome == DONE and state[STATE_RUN] < runs.shape[0]:
+        run, plane = state[STATE_RUN], state[STATE_PLANE]
+        stride, size = planes[plane, 1], planes[plane, 2]
+        kv = planes[plane, 0] + runs[run, 0] * stride
+        slot = region_address + runs[run, 1] + planes[plane, 3] + runs[run, 2] * size
+        total = runs[run, 3] * size
+        contiguous = total if stride == size else size
+        at = state[STATE_OFFSET]
+        while at < total:
+            if unchecked >= piece_bytes:
+                unchecked = 0
+                _clock_gettime(_CLOCK_MONOTONIC, clock.ctypes.data)
+                if clock[0] * 1_000_000_000 + clock[1] > control[CONTROL_DEADLINE_NS]:
+                    outcome = LATE
+                    break
+            if control[CONTROL_STOP] != 0:
+                outcome = STOPPED
+                break
+            block, within = at // contiguous, at % contiguous
+            n = min(contiguous - within, piece_bytes)
+            if load != 0:
+                _memcpy(kv + block * stride + within, slot + at, n)
+            else:
+                _memcpy(slot + at, kv + block * stride + within, n)
+            at += n
+            unchecked += n
+            state[STATE_BYTES] += n
+        if outcome != DONE:
+            state[STATE_OFFSET] = at
+        else:
+            state[STATE_OFFSET] = 0
+            state[STATE_PLANE] = plane + 1
+            if plane + 1 == planes.shape[0]:
+                state[STATE_PLANE] = 0
+                state[STATE_RUN] = run + 1
+    _clock_gettime(_CLOCK_MONOTONIC, clock.ctypes.data)
+    state[STATE_NS] += clock[0] * 1_000_000_000 + clock[1] - started_ns
+    return outcome
+
+
+def _bind(memcpy: Any, clock_gettime: Any) -> Callable[..., Any]:
+    """Return the loop over other functions.
+
+    Bound as globals and not as a closure, which would defeat numba's cache on disk.
+    """
+    names = {**globals(), "_memcpy": memcpy, "_clock_gettime": clock_gettime}
+    return FunctionType(_copy_runs.__code__, names)
+
+
+@functools.cache
+def python_kernel() -> CopyKernel:
+    """Return the loop as plain Python over ctypes' ``memcpy``."""
+    libc = ctypes.CDLL(None)
+    memcpy, clock_gettime = libc.memcpy, libc.clock_gettime
+    memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    memcpy.restype = ctypes.c_void_p
+    clock_gettime.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    clock_gettime.restype = ctypes.c_int
+    # ctypes takes int, not numpy's integers.
+    return _bind(lambda target, source, n: memcpy(int(target), int(source), int(n)), clock_gettime)
+
+
+@functools.cache
+def compiled_kernel() -> CopyKernel:
+    """Compile the loop, or take it from numba's cache on disk (1 to 2 s with the import).
+
+    numba is imported here and not with the module: vLLM walks ``sys.modules`` while it reads its
+    configuration and fails on llvmlite, so only a worker may import it.
+
+    Raises:
+        ImportError: numba is not installed.
+    """
+    numba = importlib.import_module("numba")
+    types = importlib.import_module("numba.core.types")
+    # Addresses are passed as integers: the same registers on every 64-bit ABI.
+    memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.intp))
+    clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
+    loop = _bind(memcpy, clock_gettime)
+    try:
+        compiled = numba.njit(_SIGNATURE, nogil=True, cache=True)(loop)
+    except RuntimeError as error:  # no writable directory for the cache
+        logger.info("the copy kernel is compiled at each start: %s", error)
+        compiled = numba.njit(_SIGNATURE, nogil=True)(loop)
+    return cast("CopyKernel", compiled)
+
+
+def load_kernel() -> CopyKernel:
+    """Return the compiled loop, else the Python one with a warning."""
+    try:
+        return compiled_kernel()
+    except ImportError as error:
+        logger.warning("numba is missing (%s): copies will contend with the engine", error)
+        return python_kernel()
