@@ -54,7 +54,9 @@ class LMCacheL1:
     def _key(chunk: ChunkId) -> ObjectKey:
         return ObjectKey(chunk_hash=chunk.key, model_name=chunk.namespace, kv_rank=chunk.rank)
 
-    def allocate(self, chunks: list[ChunkId], slot_bytes: int, tag: str) -> dict[ChunkId, int] | None:
+    def allocate(
+        self, chunks: list[ChunkId], slot_bytes: int, tag: str
+    ) -> dict[ChunkId, int] | None:
         """See `L1Store.allocate`."""
         layout = MemoryLayoutDesc(shapes=[torch.Size([slot_bytes])], dtypes=[torch.uint8])
         keys = {chunk: self._key(chunk) for chunk in chunks}
@@ -193,7 +195,9 @@ class KVTierModule:
         if not pool["shm_name"]:
             return wire.Failed(hello.id, "no_shared_memory", "start lmcache server with --shm-name")
         for other, (owner, pid, started_s) in list(self._owners.items()):
-            if (pid, started_s) == (hello.pid, hello.pid_start_s) and _engine(owner) == _engine(hello.owner):
+            if (pid, started_s) == (hello.pid, hello.pid_start_s) and _engine(owner) == _engine(
+                hello.owner
+            ):
                 del self._owners[other]
                 if owner != hello.owner:
                     self._leaving[owner] = time.monotonic()
@@ -212,7 +216,13 @@ class KVTierModule:
         match request:
             case wire.Lookup():
                 hit, slots = table.lookup(
-                    owner, request.id, request.namespace, request.program, request.keys, request.ranks, now_s
+                    owner,
+                    request.id,
+                    request.namespace,
+                    request.program,
+                    request.keys,
+                    request.ranks,
+                    now_s,
                 )
                 return wire.LookupReply(request.id, self._generation, hit, slots)
             case wire.Trim():
