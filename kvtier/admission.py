@@ -1,0 +1,386 @@
+"""Which waiting request may start now: order and admission by program.
+
+vLLM asks its connector once per waiting request and step whether the request may be looked up; a
+"not now" defers it to the next step. This controller answers, before anything is looked up.
+
+Order. A request's rank is ``max(arrival of its program, its own arrival - aging_s)``: returning
+turns of older programs come first, and a request that has waited for ``aging_s`` is passed by
+nobody who arrives later. The rank never changes, so a heap keeps it and no step re-sorts.
+
+Working set. A program that is new is admitted only while the contexts of the busy programs, its own
+included, fit in the KV cache. A busy program is one that runs, or pauses for a short time, or whose
+KV is still resident.
+
+No deadlock. A request holds younger ones back only while the engine really asks for it and has not
+admitted it in vain for ``blocked_after_s``; nobody is deferred for longer than ``max_defer_s``; and
+if nothing runs, the first in order of those that were asked for last time is let through.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Final, Generic, Literal, TypeVar
+
+from kvtier.working_set import WorkingSet
+
+Key = TypeVar("Key", bound=Hashable)
+
+Mode = Literal["off", "program_fcfs", "working_set"]
+Reason = Literal[
+    "off",
+    "not_waiting",
+    "retry",
+    "deferred_long_enough",
+    "nothing_running",
+    "first_in_order",
+    "older_waiting",
+    "working_set_full",
+    "no_free_blocks",
+]
+_COMPACT_FROM: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionConfig:
+    """Settings of admission.
+
+    Attributes:
+        mode: "off" admits all; "program_fcfs" orders by program; "working_set" also holds new
+            programs back until they fit.
+        aging_s: Waiting time after which a request is passed by no newcomer and a new program is
+            no longer held back for the working set's sake; 0 turns both off.
+        max_defer_s: Longest time from a request's first deferral to its admission.
+        blocked_after_s: An admitted request that has not started for this long (there is no room
+            for it) no longer holds others back.
+        stale_scans: A request that the engine did not ask for in this many passes over its queue
+            (it waits for a grammar, say) no longer holds others back.
+        headroom_fraction: Share of the KV cache that the working set leaves free.
+        long_pause_s: A pause counts towards the working set for this long even without KV.
+    """
+
+    mode: Mode = "working_set"
+    aging_s: float = 60.0
+    max_defer_s: float = 120.0
+    blocked_after_s: float = 5.0
+    stale_scans: int = 8
+    headroom_fraction: float = 0.05
+    long_pause_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Refuse settings that could hold a request back for ever."""
+        for name in ("aging_s", "max_defer_s", "blocked_after_s", "long_pause_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a finite number of seconds, at least 0")
+        if self.stale_scans < 1 or not 0 <= self.headroom_fraction < 1:
+            raise ValueError("stale_scans must be positive, headroom_fraction in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionView:
+    """The engine between two steps.
+
+    Attributes:
+        now_s: The time.
+        free_blocks: KV blocks that an allocation can take.
+        total_blocks: All KV blocks.
+        running_requests: Requests in the step before.
+        pinned_blocks: KV blocks held by pins alone; they are released for a request in need.
+    """
+
+    now_s: float
+    free_blocks: int
+    total_blocks: int
+    running_requests: int
+    pinned_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionDecision:
+    """Whether a request may start in this step, and why."""
+
+    admit: bool
+    reason: Reason
+
+
+def rank_s(program_arrival_s: float, arrival_s: float, aging_s: float) -> float:
+    """Return the time by which a request is ordered: its program's arrival, but aged.
+
+    Static, yet it ages: a request with ``arrival_s = t`` ranks before every request that arrives
+    after ``t + aging_s``, whatever the program of the latter. 0 turns aging off.
+    """
+    if aging_s == 0:
+        return min(arrival_s, program_arrival_s)
+    return min(arrival_s, max(program_arrival_s, arrival_s - aging_s))
+
+
+# eq=False: compared by identity; the heap compares (rank, sequence).
+@dataclass(slots=True, eq=False)
+class _Waiting(Generic[Key]):
+    program: Key
+    is_new_program: bool
+    context_blocks: int
+    since_s: float
+    rank: tuple[float, int]
+    asked_scan: int
+    asked: bool = False
+    in_heap: bool = False
+    gone: bool = False
+    deferred_since_s: float | None = None
+    admitted_since_s: float | None = None
+
+
+_HeapItem = tuple[tuple[float, int], _Waiting[Key]]
+
+
+class AdmissionController(Generic[Key]):
+    """Answers for each waiting request and step whether it may start.
+
+    Each call costs O(log n) amortised in the number of waiting requests.
+    """
+
+    def __init__(self, config: AdmissionConfig | None = None) -> None:
+        self.config = config or AdmissionConfig()
+        self._waiting: dict[str, _Waiting[Key]] = {}
+        self._started: dict[str, Key] = {}
+        # Returning turns and turns of new programs: the latter may be unable to start.
+        self._heaps: tuple[list[_HeapItem[Key]], list[_HeapItem[Key]]] = ([], [])
+        self._sequence = 0
+        self._scan = 0
+        self._scan_open = False
+        self._view = AdmissionView(now_s=0.0, free_blocks=0, total_blocks=0, running_requests=0)
+        # Requests that started less those that ended since the view was taken.
+        self._running_since_view = 0
+        self._now_s = float("-inf")
+        self._working_set: WorkingSet[Key] = WorkingSet(self.config.long_pause_s)
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait."""
+        return len(self._waiting)
+
+    @property
+    def working_set_blocks(self) -> int:
+        """Blocks that the busy programs are expected to take."""
+        return self._working_set.blocks
+
+    def on_arrival(
+        self,
+        request_id: str,
+        program: Key,
+        *,
+        program_arrival_s: float,
+        returning: bool,
+        context_blocks: int,
+        now_s: float,
+    ) -> None:
+        """Take in a request that begins to wait; known ones are left as they are.
+
+        Args:
+            request_id: The request.
+            program: Identity of its program (any hashable).
+            program_arrival_s: When the program's first turn arrived.
+            returning: The program has run a turn before.
+            context_blocks: Blocks that its context is expected to take.
+            now_s: The time of arrival.
+        """
+        self._now_s = max(self._now_s, now_s)
+        if request_id in self._waiting or request_id in self._started:
+            return
+        self._sequence += 1
+        entry = _Waiting(
+            program,
+            is_new_program=not returning,
+            context_blocks=context_blocks,
+            since_s=now_s,
+            rank=(rank_s(program_arrival_s, now_s, self.config.aging_s), self._sequence),
+            asked_scan=self._scan,
+        )
+        self._waiting[request_id] = entry
+        self._push(entry)
+
+    def on_started(self, request_id: str) -> None:
+        """Count a request that got its blocks; a preempted one that resumes is known already."""
+        entry = self._waiting.pop(request_id, None)
+        if entry is None:
+            return
+        self._leave(entry)
+        self._started[request_id] = entry.program
+        self._running_since_view += 1
+        self._working_set.start(entry.program, entry.context_blocks)
+
+    def on_finished(self, request_id: str) -> None:
+        """Drop a request that ended or was aborted; its program pauses."""
+        entry = self._waiting.pop(request_id, None)
+        if entry is not None:
+            self._leave(entry)
+            return
+        program = self._started.pop(request_id, None)
+        if program is not None:
+            self._running_since_view -= 1
+            self._working_set.pause(program, self._now_s)
+
+    def on_kv_pinned(self, program: Key) -> None:
+        """Note that a paused program's KV is held in GPU memory: it counts until released."""
+        self._working_set.hold(program)
+
+    def on_kv_released(self, program: Key) -> None:
+        """Note that a paused program's KV is no longer held in GPU memory."""
+        self._working_set.release(program, self._now_s)
+
+    def on_program_ended(self, program: Key) -> None:
+        """Stop counting a program that is over or forgotten."""
+        self._working_set.end(program)
+
+    def begin_step(self, view: AdmissionView) -> None:
+        """Take the state of the engine; what is asked from here on belongs to one step."""
+        self._now_s = max(self._now_s, view.now_s)
+        self._view = view
+        self._scan_open = False
+        self._running_since_view = 0
+        self._working_set.expire(view.now_s)
+
+    def sort_key(self, request_id: str) -> tuple[float, int] | None:
+        """Return the key by which waiting requests are ordered, smallest first."""
+        entry = self._waiting.get(request_id)
+        return entry.rank if entry is not None else None
+
+    def decide(self, request_id: str, needed_blocks: int, now_s: float) -> AdmissionDecision:
+        """Decide whether a waiting request may start now.
+
+        Args:
+            request_id: The request; one that does not wait (preempted, unknown) is admitted.
+            needed_blocks: Blocks that it needs beyond those in the prefix cache.
+            now_s: The time.
+        """
+        self._now_s = max(self._now_s, now_s)
+        if self.config.mode == "off":
+            return AdmissionDecision(admit=True, reason="off")
+        entry = self._waiting.get(request_id)
+        if entry is None:
+            return AdmissionDecision(admit=True, reason="not_waiting")
+        if not self._scan_open:
+            self._scan_open = True
+            self._scan += 1
+        decision = self._judge(entry, needed_blocks, now_s)
+        entry.asked_scan = self._scan
+        entry.asked = True
+        if decision.admit:
+            if entry.admitted_since_s is None:
+                entry.admitted_since_s = now_s
+        elif entry.deferred_since_s is None:
+            entry.deferred_since_s = now_s
+        if not entry.in_heap and not self._is_blocked(entry, now_s):
+            self._push(entry)
+        return decision
+
+    def _judge(self, entry: _Waiting[Key], needed_blocks: int, now_s: float) -> AdmissionDecision:
+        if entry.admitted_since_s is not None:
+            # Held back again, it might lose the place in the engine's queue that it was given.
+            return AdmissionDecision(admit=True, reason="retry")
+        deferred = entry.deferred_since_s
+        if deferred is not None and now_s - deferred >= self.config.max_defer_s:
+            return AdmissionDecision(admit=True, reason="deferred_long_enough")
+        idle = self._view.running_requests + self._running_since_view <= 0
+        if self._is_held_back(entry, now_s, idle=idle):
+            return AdmissionDecision(admit=False, reason="older_waiting")
+        if idle:
+            return AdmissionDecision(admit=True, reason="nothing_running")
+        if self._is_gated(entry, now_s):
+            return self._judge_new_program(entry, needed_blocks)
+        return AdmissionDecision(admit=True, reason="first_in_order")
+
+    def _judge_new_program(self, entry: _Waiting[Key], needed_blocks: int) -> AdmissionDecision:
+        if not self._fits(entry, needed_blocks):
+            return AdmissionDecision(admit=False, reason="working_set_full")
+        if needed_blocks > self._view.free_blocks + self._view.pinned_blocks:
+            # Its allocation would fail, and vLLM then tries nobody behind it in this step.
+            return AdmissionDecision(admit=False, reason="no_free_blocks")
+        return AdmissionDecision(admit=True, reason="first_in_order")
+
+    def _is_held_back(self, entry: _Waiting[Key], now_s: float, *, idle: bool) -> bool:
+        """Whether a request that comes first in order is itself able to start."""
+        for heap in self._heaps:
+            other = self._first(heap, now_s, idle=idle)
+            if other is None or other.rank >= entry.rank:
+                continue
+            # New programs wait in line even behind one that does not fit: passed by every smaller
+            # one, it would never fit.
+            in_line = self._is_gated(entry, now_s)
+            if idle or in_line or not self._is_gated(other, now_s) or self._fits(other):
+                return True
+        return False
+
+    def _first(
+        self, heap: list[_HeapItem[Key]], now_s: float, *, idle: bool
+    ) -> _Waiting[Key] | None:
+        """Return the first request that may hold others back, parking those that may not."""
+        while heap:
+            entry = heap[0][1]
+            if not entry.gone and self._competes(entry, now_s, idle=idle):
+                return entry
+            heapq.heappop(heap)
+            entry.in_heap = False
+        return None
+
+    def _competes(self, entry: _Waiting[Key], now_s: float, *, idle: bool) -> bool:
+        if self._is_blocked(entry, now_s):
+            return False
+        if idle:
+            # Nothing runs: only one that the engine is sure to ask for may hold others back.
+            return entry.asked and entry.asked_scan >= self._scan - 1
+        return entry.asked_scan >= self._scan - self.config.stale_scans
+
+    def _fits(self, entry: _Waiting[Key], needed_blocks: int = 0) -> bool:
+        room_blocks = int(self._view.total_blocks * (1.0 - self.config.headroom_fraction))
+        blocks = max(entry.context_blocks, needed_blocks)
+        return self._working_set.fits(entry.program, blocks, room_blocks)
+
+    def _is_gated(self, entry: _Waiting[Key], now_s: float) -> bool:
+        """Whether the working set decides about this request: a new program that is not aged."""
+        return (
+            self.config.mode == "working_set"
+            and entry.is_new_program
+            and not 0 < self.config.aging_s <= now_s - entry.since_s
+        )
+
+    def _is_blocked(self, entry: _Waiting[Key], now_s: float) -> bool:
+        admitted = entry.admitted_since_s
+        return admitted is not None and now_s - admitted >= self.config.blocked_after_s
+
+    def _push(self, entry: _Waiting[Key]) -> None:
+        entry.in_heap = True
+        heapq.heappush(self._heaps[entry.is_new_program], (entry.rank, entry))
+
+    def _leave(self, entry: _Waiting[Key]) -> None:
+        """Take a request out of its heap: lazily, but the heap stays in proportion."""
+        entry.gone = True
+        heap = self._heaps[entry.is_new_program]
+        if len(heap) > _COMPACT_FROM + 2 * len(self._waiting):
+            heap[:] = [item for item in heap if not item[1].gone]
+            heapq.heapify(heap)
+
+
+class ProgramArrivals:
+    """When each program's first request arrived, for the ``max_programs`` last active ones.
+
+    For schedulers, which see requests come but not end. Times in seconds of any one clock.
+    """
+
+    def __init__(self, max_programs: int = 10_000) -> None:
+        self._max_programs = max_programs
+        self._first_s: OrderedDict[Hashable, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Return the number of remembered programs."""
+        return len(self._first_s)
+
+    def first_arrival_s(self, program: Hashable, arrival_s: float) -> float:
+        """Return the program's first arrival; ``arrival_s`` if this is it."""
+        first_s = self._first_s.setdefault(program, arrival_s)
+        self._first_s.move_to_end(program)
+        if len(self._first_s) > self._max_programs:
+            self._first_s.popitem(last=False)
+        return first_s

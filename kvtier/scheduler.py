@@ -1,0 +1,83 @@
+"""vLLM schedulers that order waiting requests by program.
+
+Use with ``--scheduler-cls kvtier.scheduler.AsyncProgramScheduler --scheduling-policy priority``
+(``ProgramScheduler`` where async scheduling is off). Under the priority policy vLLM orders by
+(priority, arrival time) and preempts the last in that order, so giving a request the arrival time
+of its program is enough: returning turns of older programs go first, and the youngest program is
+preempted. Under the FCFS policy vLLM ignores arrival times and these classes change nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from kvtier.admission import AdmissionConfig, ProgramArrivals, rank_s
+from kvtier.program_records import bounded_name
+from kvtier.request_params import parse_transfer_params
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+AGING_OPTION: Final = "kvtier_aging_s"
+
+
+class ProgramOrderMixin:
+    """Sets a new request's arrival time to its program's, aged; the rest is vLLM's scheduler.
+
+    The program is the request's session id, else its ``kv_transfer_params["kvtier"]["program"]``,
+    per tenant. For others the connector is asked, if it has ``program_age_s(request) -> float |
+    None``: how long ago, in seconds, the first turn of the request's program arrived.
+
+    ``--additional-config '{"kvtier_aging_s": 120}'`` sets the aging time in seconds.
+    """
+
+    # Of the scheduler that this is mixed into.
+    vllm_config: Any
+    connector: Any
+    requests: dict[str, Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        options = self.vllm_config.additional_config
+        chosen = options.get(AGING_OPTION) if isinstance(options, dict) else None
+        self._aging_s = AdmissionConfig(
+            aging_s=AdmissionConfig().aging_s if chosen is None else float(chosen)
+        ).aging_s
+        self._arrivals = ProgramArrivals()
+        if self.vllm_config.scheduler_config.policy != "priority":
+            logger.warning("kvtier: order by program needs --scheduling-policy priority")
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request under its program's arrival time."""
+        # A known id is the next piece of a streaming input: it has its place already.
+        if request.request_id not in self.requests:
+            request.arrival_time = rank_s(
+                self._program_arrival_s(request), request.arrival_time, self._aging_s
+            )
+        super().add_request(request)  # type: ignore[misc]
+
+    def _program_arrival_s(self, request: Request) -> float:
+        arrival_s = float(request.arrival_time)
+        session_id = getattr(request, "session_id", None)
+        hints, _ = parse_transfer_params(request.kv_transfer_params)
+        name = session_id or hints.program
+        if name:
+            tenant = bounded_name(request.cache_salt) if request.cache_salt else None
+            return self._arrivals.first_arrival_s((tenant, bounded_name(name)), arrival_s)
+        program_age_s = getattr(self.connector, "program_age_s", None)
+        age_s = program_age_s(request) if program_age_s is not None else None
+        return arrival_s if age_s is None else arrival_s - age_s
+
+
+class ProgramScheduler(ProgramOrderMixin, Scheduler):
+    """vLLM's scheduler, ordered by program."""
+
+
+class AsyncProgramScheduler(ProgramOrderMixin, AsyncScheduler):
+    """vLLM's scheduler for async scheduling, ordered by program."""
