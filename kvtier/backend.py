@@ -102,7 +102,7 @@ class TierBackend(Protocol):
     def trim(self, lookup_id: int, keep_from: int, keep_to: int) -> None:
         """Unlock what the lookup holds outside [keep_from, keep_to)."""
 
-    def reserve(  # noqa: PLR0913 - one message's fields
+    def reserve(
         self,
         namespace: str,
         program: str,
@@ -152,7 +152,7 @@ class NoTier:
     def trim(self, lookup_id: int, keep_from: int, keep_to: int) -> None:
         """Nothing is held."""
 
-    def reserve(  # noqa: PLR0913
+    def reserve(
         self,
         namespace: str,  # noqa: ARG002
         program: str,  # noqa: ARG002

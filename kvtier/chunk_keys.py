@@ -59,6 +59,13 @@ class ChunkChain:
     def __len__(self) -> int:
         return len(self.marks)
 
+    def head(self, n_chunks: int) -> ChunkChain:
+        """The chain of the first `n_chunks` chunks."""
+        if n_chunks >= len(self):
+            return self
+        keys = self.keys[: n_chunks * KEY_BYTES]
+        return ChunkChain(self.seed, self.chunk_tokens, keys, self.marks[:n_chunks])
+
     def extended(
         self, tokens: Sequence[int], n_tokens: int, block_hashes: Sequence[bytes], block_tokens: int
     ) -> ChunkChain:

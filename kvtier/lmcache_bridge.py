@@ -94,7 +94,7 @@ class LMCacheBridge:
         """See `TierBackend.trim`. If it is lost, the server releases the locks with the session."""
         self._send(lambda i: wire.Trim(i, lookup_id, keep_from, keep_to), expect_event=False)
 
-    def reserve(  # noqa: PLR0913
+    def reserve(
         self,
         namespace: str,
         program: str,
@@ -179,7 +179,9 @@ class LMCacheBridge:
         self._hello_sent_s = self._now_s
         pid = os.getpid()
         owner = f"{self._config.owner}/{self._session}"
-        hello = wire.Hello(_HELLO_ID, wire.API_VERSION, owner, pid, psutil.Process(pid).create_time())
+        hello = wire.Hello(
+            _HELLO_ID, wire.API_VERSION, owner, pid, psutil.Process(pid).create_time()
+        )
         try:
             self._socket.send(wire.encoder.encode(hello), zmq.NOBLOCK)
         except zmq.Again:
@@ -204,7 +206,9 @@ class LMCacheBridge:
             return
         match reply:
             case wire.LookupReply():
-                self._events.append(LookupDone(reply.id, reply.generation, reply.hit_chunks, reply.slots))
+                self._events.append(
+                    LookupDone(reply.id, reply.generation, reply.hit_chunks, reply.slots)
+                )
             case wire.ReserveReply():
                 self._events.append(ReserveDone(reply.id, reply.generation, reply.slots))
             case wire.CommitReply():

@@ -39,7 +39,9 @@ class ChunkId:
 class L1Store(Protocol):
     """The operations on L1 memory that residency needs. Offsets are bytes into the shared region."""
 
-    def allocate(self, chunks: list[ChunkId], slot_bytes: int, tag: str) -> dict[ChunkId, int] | None:
+    def allocate(
+        self, chunks: list[ChunkId], slot_bytes: int, tag: str
+    ) -> dict[ChunkId, int] | None:
         """Stage new chunks: all of `chunks` that are not resident get a slot, or None when full."""
 
     def admit(self, chunks: list[ChunkId], tag: str) -> list[ChunkId]:
@@ -115,7 +117,14 @@ class ResidencyTable:
     # -- reading -----------------------------------------------------------------------------------
 
     def lookup(
-        self, owner: str, lookup_id: int, namespace: str, program: str, keys: bytes, ranks: int, now_s: float
+        self,
+        owner: str,
+        lookup_id: int,
+        namespace: str,
+        program: str,
+        keys: bytes,
+        ranks: int,
+        now_s: float,
     ) -> tuple[int, list[list[int]]]:
         """Lock the longest prefix that every rank holds; returns its length and each rank's slots."""
         chain = split_keys(keys)
@@ -125,7 +134,9 @@ class ResidencyTable:
             chunks = [ChunkId(namespace, key, rank) for rank in range(ranks)]
             offsets = self._store.lock(chunks)
             if any(offset is None for offset in offsets):
-                self._store.unlock([c for c, o in zip(chunks, offsets, strict=True) if o is not None])
+                self._store.unlock(
+                    [c for c, o in zip(chunks, offsets, strict=True) if o is not None]
+                )
                 break
             for rank, offset in enumerate(offsets):
                 assert offset is not None
@@ -156,7 +167,7 @@ class ResidencyTable:
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def reserve(  # noqa: PLR0913 - one message's fields
+    def reserve(
         self,
         owner: str,
         reserve_id: int,
@@ -207,7 +218,9 @@ class ResidencyTable:
         self._store.admit(res.chunks, res.tag)
         resident = 0
         for key in res.keys[: res.end]:
-            if not all(self._store.resident(ChunkId(res.namespace, key, r)) for r in range(res.ranks)):
+            if not all(
+                self._store.resident(ChunkId(res.namespace, key, r)) for r in range(res.ranks)
+            ):
                 break
             resident += 1
         self._set_chain(res, res.keys[:resident], now_s)
@@ -250,7 +263,9 @@ class ResidencyTable:
     def _unlock(self, lock: _Lock, keys: list[bytes]) -> None:
         for key in keys:
             self._count_lock((lock.namespace, key), -1)
-        self._store.unlock([ChunkId(lock.namespace, key, r) for key in keys for r in range(lock.ranks)])
+        self._store.unlock(
+            [ChunkId(lock.namespace, key, r) for key in keys for r in range(lock.ranks)]
+        )
 
     def _count_lock(self, chunk: tuple[str, bytes], step: int) -> None:
         count = self._locked.get(chunk, 0) + step
@@ -296,7 +311,11 @@ class ResidencyTable:
         return ranks
 
     def _evict(
-        self, need_bytes: int, density: float, protect: tuple[tuple[str, str], set[bytes]], now_s: float
+        self,
+        need_bytes: int,
+        density: float,
+        protect: tuple[tuple[str, str], set[bytes]],
+        now_s: float,
     ) -> bool:
         """Free at least something towards `need_bytes`, cheapest first; False when nothing may go."""
         own, own_keys = protect
@@ -322,7 +341,9 @@ class ResidencyTable:
             freed += self._evict_tail(ref, need_bytes - freed, own[0], own_keys)
         return freed > 0
 
-    def _evict_tail(self, ref: tuple[str, str], need_bytes: int, own_ns: str, own_keys: set[bytes]) -> int:
+    def _evict_tail(
+        self, ref: tuple[str, str], need_bytes: int, own_ns: str, own_keys: set[bytes]
+    ) -> int:
         record = self._programs[ref]
         freed = 0
         while record.keys and freed < need_bytes:

@@ -1,0 +1,344 @@
+"""`KVTierConnector`: vLLM's connector hooks, handed to the scheduler half or the worker half.
+
+    vllm serve MODEL --kv-transfer-config '{"kv_connector": "KVTierConnector",
+        "kv_connector_module_path": "kvtier.connector", "kv_role": "kv_both"}'
+
+Nothing is decided here. Light to import: vLLM's API process imports it for the metrics.
+
+A defect in kvtier must not take the engine down: an exception in a hook is logged, counted, and turns
+kvtier off in this engine, with every block given back.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from kvtier.config import Settings
+from kvtier.metadata import KVTierMetadata, KVTierWorkerMetadata
+from kvtier.metrics import KVTierPromMetrics, KVTierStats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvtier.scheduler_half import SchedulerHalf
+    from kvtier.worker_half import WorkerHalf
+
+try:  # vLLM 0.32 and later tell apart where external hits come from.
+    from vllm.v1.metrics.stats import CacheHitSource
+except ImportError:
+    CacheHitSource = None
+
+logger = logging.getLogger(__name__)
+
+
+def _guarded(default: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return `default` where there is no scheduler half, or where it fails."""
+
+    def decorate(hook: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(hook)
+        def call(self: KVTierConnector, *args: Any, **kwargs: Any) -> Any:
+            if self.scheduler_half is None:
+                return default
+            try:
+                return hook(self, *args, **kwargs)
+            except Exception:
+                logger.exception("kvtier failed in %s and is off in this engine now", hook.__name__)
+                self._give_up()
+                return default
+
+        return call
+
+    return decorate
+
+
+class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """See the module's docstring.
+
+    Attributes:
+        scheduler_half: In the scheduler's process, unless kvtier is passive there.
+        worker_half: In a worker process, unless there is nothing to copy.
+    """
+
+    if CacheHitSource is not None:
+        _cache_hit_source = CacheHitSource.HOST
+
+    def __init__(
+        self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None, **_: Any
+    ) -> None:
+        transfer = vllm_config.kv_transfer_config
+        # Read by vLLM after this constructor: a failed load must become a recompute, not a failed request.
+        transfer.kv_load_failure_policy = "recompute"
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.settings = Settings.load(transfer.kv_connector_extra_config)
+        self.scheduler_half: SchedulerHalf | None = None
+        self.worker_half: WorkerHalf | None = None
+        self._lease: Any = None
+        self._stats_off: dict[str, Any] = {}
+        from kvtier import assembly  # noqa: PLC0415 - heavy; the API process never gets here
+
+        try:
+            assembly.check_supported(vllm_config, kv_cache_config)
+        except assembly.Unsupported as reason:
+            logger.warning("kvtier is passive in this engine: %s", reason)
+            return
+        if role == KVConnectorRole.SCHEDULER:
+            self.scheduler_half, self._lease = assembly.build_scheduler_half(
+                vllm_config, kv_cache_config, self.settings
+            )
+        elif self.settings.tier != "off":
+            self.worker_half = assembly.build_worker_half(
+                vllm_config, kv_cache_config, self.settings
+            )
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """False: a preempted request is recomputed. True would livelock vLLM 0.27-0.29."""
+        return False
+
+    def _give_up(self) -> None:
+        half, self.scheduler_half = self.scheduler_half, None
+        if half is None:
+            return
+        half.stats.count("failures", 1, "internal")
+        self._stats_off = half.stats.take()
+        try:
+            half.shutdown()
+        except Exception:
+            logger.exception("kvtier could not give everything back")
+
+    # -- scheduler: start --------------------------------------------------------------------------
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        """Receive vLLM's KV cache manager and its block pool."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._bind(kv_cache_manager)
+
+    @_guarded(None)
+    def _bind(self, manager: Any) -> None:
+        from kvtier.block_pool import VllmBlockPool, wrap_allocation  # noqa: PLC0415
+
+        half = self.scheduler_half
+        assert half is not None
+        half.bind(VllmBlockPool(manager.block_pool))
+        wrap_allocation(manager, self._make_room, self._before_reset)
+
+    @_guarded(None)
+    def _make_room(self, request: Any, retry: Callable[[], Any]) -> Any:
+        assert self.scheduler_half is not None
+        return self.scheduler_half.make_room(request, retry)
+
+    @_guarded(None)
+    def _before_reset(self) -> None:
+        assert self.scheduler_half is not None
+        self.scheduler_half.before_reset()
+
+    # -- scheduler: a request's life ---------------------------------------------------------------
+
+    @_guarded(None)
+    def on_new_request(self, request: Any) -> None:
+        """See `SchedulerHalf.on_new_request`."""
+        assert self.scheduler_half is not None
+        self.scheduler_half.on_new_request(request)
+
+    @_guarded((0, False))
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """See `SchedulerHalf.match`. Loads are always asynchronous."""
+        assert self.scheduler_half is not None
+        n_tokens = self.scheduler_half.match(request, num_computed_tokens)
+        return n_tokens, bool(n_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """See `SchedulerHalf.on_allocated`."""
+        self._on_allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    @_guarded(None)
+    def _on_allocated(self, request: Any, block_ids: list[int], n_external: int) -> None:
+        assert self.scheduler_half is not None
+        self.scheduler_half.on_allocated(request, block_ids, n_external)
+
+    @_guarded((False, None))
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """See `SchedulerHalf.finished`. Blocks are never held back this way (DESIGN D2)."""
+        assert self.scheduler_half is not None
+        told = self.scheduler_half.finished(request, block_ids[0] if block_ids else [])
+        # Only who speaks to kvtier gets an answer: other clients' responses stay as they were.
+        wants = (
+            isinstance(request.kv_transfer_params, dict) and "kvtier" in request.kv_transfer_params
+        )
+        return False, {"kvtier": told} if told and wants else None
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """See `request_finished_all_groups`."""
+        result: tuple[bool, dict[str, Any] | None] = self.request_finished_all_groups(
+            request, (block_ids,)
+        )
+        return result
+
+    # -- scheduler: steps --------------------------------------------------------------------------
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        """See `SchedulerHalf.build`."""
+        metadata = self._build(scheduler_output)
+        return metadata if metadata is not None else KVTierMetadata()
+
+    @_guarded(None)
+    def _build(self, output: Any) -> KVTierMetadata:
+        assert self.scheduler_half is not None
+        return KVTierMetadata(self.scheduler_half.build(_step_facts(output)))
+
+    @_guarded(None)
+    def update_connector_output(self, connector_output: Any) -> None:
+        """See `SchedulerHalf.on_results`."""
+        assert self.scheduler_half is not None
+        meta = connector_output.kv_connector_worker_meta
+        if isinstance(meta, KVTierWorkerMetadata):
+            self.scheduler_half.on_worker(meta)
+        else:
+            self.scheduler_half.on_results(())
+
+    @_guarded(False)
+    def has_pending_push_work(self) -> bool:
+        """Keep an idle engine stepping while a pause is being staged."""
+        assert self.scheduler_half is not None
+        return self.scheduler_half.has_work()
+
+    @_guarded(True)
+    def reset_cache(self) -> bool:
+        """The connector's part of a reset: KV from before must not be read again."""
+        assert self.scheduler_half is not None
+        self.scheduler_half.reset_tier()
+        return True
+
+    # -- worker ------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """See `WorkerHalf.register`."""
+        if self.worker_half is not None:
+            self.worker_half.register(kv_caches)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Start the step's copies now, before the forward pass, so that they overlap with it."""
+        super().bind_connector_metadata(connector_metadata)
+        if self.worker_half is not None and isinstance(connector_metadata, KVTierMetadata):
+            self.worker_half.submit(connector_metadata.orders)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Nothing: see `bind_connector_metadata`."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: a request is scheduled only after its load."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Nothing: turns are staged after they end."""
+
+    def wait_for_save(self) -> None:
+        """Nothing: the blocks that a copy reads are kept until it has ended."""
+
+    def get_finished(
+        self,
+        finished_req_ids: set[str],  # noqa: ARG002
+    ) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose load has ended."""
+        if self.worker_half is None:
+            return None, None
+        self.worker_half.collect()
+        return None, self.worker_half.take_loaded() or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks to recompute."""
+        return self.worker_half.take_bad_blocks() if self.worker_half is not None else set()
+
+    def build_connector_worker_meta(self) -> KVTierWorkerMetadata | None:
+        """Results for the scheduler half."""
+        if self.worker_half is None:
+            return None
+        results, calibration = self.worker_half.take_results(), self.worker_half.take_calibration()
+        if not results and calibration is None:
+            return None
+        return KVTierWorkerMetadata(results, calibration)
+
+    # -- both --------------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> KVTierStats | None:
+        """What was counted since the last call."""
+        data = self._stats_off
+        self._stats_off = {}
+        if self.scheduler_half is not None:
+            data = self.scheduler_half.stats.take()
+        return KVTierStats(data) if data else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVTierStats:
+        """Stats from what came over the wire."""
+        return KVTierStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVTierPromMetrics:
+        """Kvtier's families in vLLM's registry."""
+        return KVTierPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def shutdown(self) -> None:
+        """Give everything back and leave the tier."""
+        if self.scheduler_half is not None:
+            self.scheduler_half.shutdown()
+            self.scheduler_half = None
+        if self.worker_half is not None:
+            self.worker_half.close()
+            self.worker_half = None
+        if self._lease is not None:
+            self._lease.close()
+            self._lease = None
+
+
+def _step_facts(output: Any) -> Any:
+    from kvtier.engine_facts import StepFacts  # noqa: PLC0415
+
+    total = int(output.total_num_scheduled_tokens)
+    scheduled: dict[str, int] = output.num_scheduled_tokens
+    facts = StepFacts(scheduled_tokens=total, running_requests=len(scheduled))
+    if not scheduled:
+        return facts
+    request_id, n_tokens = max(scheduled.items(), key=lambda item: item[1])
+    if n_tokens > 1 and n_tokens >= PREFILL_SHARE * total:
+        cached = _computed_before(output, request_id)
+        if cached is not None:
+            facts.prefill = (cached, n_tokens)
+    return facts
+
+
+PREFILL_SHARE = 0.9
+"""A step with at least this share of one request's tokens tells how long a prefill takes."""
+
+
+def _computed_before(output: Any, request_id: str) -> int | None:
+    for new in output.scheduled_new_reqs:
+        if new.req_id == request_id:
+            return int(new.num_computed_tokens)
+    cached = output.scheduled_cached_reqs
+    for known, n_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=False):
+        if known == request_id:
+            return int(n_computed)
+    return None

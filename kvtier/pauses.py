@@ -1,0 +1,222 @@
+"""The end of a turn: where its KV waits, decided and done (a request's life, step 7)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvtier.backend import TierBackend, TierState
+from kvtier.gpu_pin import Pin, ReleaseCause
+from kvtier.policy import PauseFacts, Policy, describe_costs
+from kvtier.turn import PinnedTurn, Turn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvtier.block_pool import VllmBlockPool
+    from kvtier.chunk_keys import ChunkChain
+    from kvtier.cost_model import Decision
+    from kvtier.decision_log import DecisionLog
+    from kvtier.engine_facts import EngineFacts
+    from kvtier.gpu_pin import PinTable
+    from kvtier.staging import Stager
+    from kvtier.stats import Stats
+    from kvtier.tool_detection import ToolCall
+
+
+DISPLACE_MARGIN = 1.25
+"""Within the budget a pin yields only to one worth this much more per block: no thrash."""
+
+
+class Pauses:
+    """Decides for each finished turn and applies the decision."""
+
+    def __init__(
+        self,
+        facts: EngineFacts,
+        tier: TierBackend,
+        pool: VllmBlockPool,
+        pins: PinTable,
+        stager: Stager,
+        policy: Policy,
+        stats: Stats,
+        log: DecisionLog,
+        release: Callable[[str, ReleaseCause], None],
+        regret: Callable[[Pin, float], float],
+    ) -> None:
+        self._facts = facts
+        self._tier = tier
+        self._pool = pool
+        self._pins = pins
+        self._stager = stager
+        self._policy = policy
+        self._stats = stats
+        self._log = log
+        self._release = release
+        self._regret = regret
+
+    def decide(
+        self,
+        turn: Turn,
+        call: ToolCall,
+        blocks: list[int],
+        chain: ChunkChain | None,
+        *,
+        now_s: float,
+        aborted: bool,
+        shadow: bool,
+        waiting: tuple[int, int],
+        running_requests: int,
+        load_backlog_tokens: int,
+    ) -> dict[str, Any] | None:
+        """Pin, stage or drop; returns what the client may see of it.
+
+        Args:
+            turn: The finished turn.
+            call: Whether and what tool it called.
+            blocks: The turn's reusable blocks, still referenced by the request.
+            chain: Chunk keys of their tokens; None when the KV may not leave the GPU.
+            now_s: Monotonic time.
+            aborted: The client went away: nothing is kept on purpose.
+            shadow: Decide and log only.
+            waiting: Requests waiting and their tokens.
+            running_requests: Requests in the last step.
+            load_backlog_tokens: Tokens of loads under way.
+        """
+        hints = turn.hints
+        staged = 0
+        if chain is not None:
+            staged = self._stager.staged_chunks(turn.program, chain) * self._facts.chunk_tokens
+        expected_s = self._policy.gaps.curve(call.tool).quantile(0.5)
+        budget_left = self._pins.budget_blocks - self._pins.pinned_blocks
+        displaceable = self._displaceable(blocks, budget_left, now_s)
+        facts = PauseFacts(
+            now_s=now_s,
+            context_tokens=turn.request.num_tokens,
+            reusable_blocks=len(blocks),
+            prompt_tokens=turn.request.num_prompt_tokens,
+            tool=call.tool,
+            is_tool_call=call.kind == "tool",
+            staged_tokens=staged,
+            tier_available=self._tier.state is TierState.READY and hints.stage is not False,
+            tierable=chain is not None,
+            free_unhashed_blocks=self._pool.n_uncached_free(len(blocks) + 1),
+            free_blocks=self._pool.n_free,
+            total_blocks=self._pool.n_blocks,
+            pinned_blocks=self._pins.pinned_blocks,
+            budget_left_blocks=budget_left + sum(len(p.block_ids) for p in displaceable),
+            waiting_requests=waiting[0],
+            waiting_blocks=self._facts.blocks_of(waiting[1]),
+            waiting_tokens=waiting[1],
+            running_requests=running_requests,
+            load_backlog_tokens=load_backlog_tokens,
+            hint_ttl_s=hints.ttl_s,
+        )
+        decision = self._policy.decide_pause(facts)
+        pin = decision.action == "pin" and hints.pin is not False and not aborted
+        stage = decision.stage and chain is not None and not aborted
+        self._record(turn, call, decision, staged, pinned=pin, staged_now=stage)
+        if shadow:
+            return None
+        if stage and chain is not None:
+            self._stage(turn, decision, blocks, chain)
+        pinned_blocks = 0
+        if pin:
+            keep = blocks[: self._facts.blocks_of(decision.keep_tokens)]
+            data = self._pinned_turn(turn, call, len(keep), expected_s, decision)
+            deadline_s = now_s + decision.ttl_s
+            mine = Pin(turn.request_id, turn.program, tuple(keep), now_s, deadline_s, data)
+            if self._worth_displacing(mine, displaceable, now_s):
+                for other in displaceable:
+                    self._release(other.key, ReleaseCause.BUDGET)
+            if self._pins.pin(
+                turn.request_id, turn.program, keep, now_s=now_s, ttl_s=decision.ttl_s, data=data
+            ):
+                pinned_blocks = len(keep)
+                self._stats.sample("ttl_seconds", decision.ttl_s)
+        return {
+            "action": decision.action,
+            "ttl_s": round(decision.ttl_s, 3) if pinned_blocks else 0.0,
+            "pinned_blocks": pinned_blocks,
+            "staging": stage,
+            "reason": str(decision.reason),
+            "tool": call.tool,
+        }
+
+    def _pinned_turn(
+        self, turn: Turn, call: ToolCall, n_blocks: int, expected_s: float, decision: Decision
+    ) -> PinnedTurn:
+        block_tokens = self._facts.block_tokens
+        terms = decision.terms
+        return PinnedTurn(
+            tool=call.tool,
+            n_tokens=n_blocks * block_tokens,
+            prompt_blocks=min(n_blocks, turn.request.num_prompt_tokens // block_tokens),
+            predicted_gap_s=expected_s,
+            staged_tokens=decision.stage_tokens,
+            miss_unstaged_s=terms.miss_unstaged_s if terms is not None else 0.0,
+            miss_staged_s=terms.miss_staged_s if terms is not None else 0.0,
+        )
+
+    def _displaceable(self, blocks: list[int], budget_left: int, now_s: float) -> list[Pin]:
+        """When the budget is short: the pins to end for this one, cheapest regret first.
+
+        Whether they are worth less is only known once this turn is priced: `_worth_displacing`.
+        """
+        short = self._pins.new_blocks(blocks) - budget_left
+        chosen: list[Pin] = []
+        if short <= 0:
+            return chosen
+        for pin in self._pins.in_release_order(lambda pin: self._regret(pin, now_s)):
+            chosen.append(pin)
+            short -= len(pin.block_ids)
+            if short <= 0:
+                return chosen
+        return []
+
+    def _worth_displacing(self, mine: Pin, displaced: list[Pin], now_s: float) -> bool:
+        limit = self._regret(mine, now_s) / DISPLACE_MARGIN
+        return all(self._regret(pin, now_s) < limit for pin in displaced)
+
+    def _stage(self, turn: Turn, decision: Decision, blocks: list[int], chain: ChunkChain) -> None:
+        saved_s = 0.0
+        if decision.terms is not None:
+            saved_s = max(0.0, self._policy.prefill.model().seconds(0, decision.stage_tokens))
+        self._stager.start(
+            turn.request_id,
+            turn.program,
+            chain.head(decision.stage_tokens // self._facts.chunk_tokens),
+            tuple(blocks),
+            saved_s,
+            self._policy.config.lease_s,
+        )
+
+    def _record(
+        self,
+        turn: Turn,
+        call: ToolCall,
+        decision: Decision,
+        staged_tokens: int,
+        *,
+        pinned: bool,
+        staged_now: bool,
+    ) -> None:
+        self._stats.count("decisions", 1, "pause", decision.action, str(decision.reason))
+        if not self._log.enabled:
+            return
+        self._log.write(
+            "pause",
+            turn.program,
+            turn.request_id,
+            {
+                "action": decision.action,
+                "ttl_s": decision.ttl_s,
+                "reason": str(decision.reason),
+                "stage": staged_now,
+                "stage_reason": str(decision.stage_reason),
+                "pinned": pinned,
+                "tool": call.tool,
+                "keep_tokens": decision.keep_tokens,
+                "staged_tokens": staged_tokens,
+                "costs": describe_costs(decision.costs),
+            },
+        )

@@ -1,0 +1,342 @@
+"""The measured state of one engine and the decisions made from it.
+
+Holds the estimators (link both ways, prefill, queue, gaps, reuse of outputs), feeds them with what the
+engine observes, and asks `cost_model` and `ttl_controller`. Deterministic: no clock, no randomness.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvtier.cost_model import (
+    Decision,
+    MemoryState,
+    PauseState,
+    ReturnReason,
+    ReturnState,
+    TtlBound,
+    decide_pause,
+    decide_return,
+)
+from kvtier.estimators import (
+    LinkEstimator,
+    LinkModel,
+    PrefillEstimator,
+    PrefillModel,
+    QueueEstimator,
+)
+from kvtier.gaps import GapBook
+from kvtier.turn import PinnedTurn
+
+if TYPE_CHECKING:
+    from kvtier.engine_facts import EngineFacts, StepFacts
+    from kvtier.gpu_pin import Pin
+    from kvtier.orders import Calibration, OrderResult
+    from kvtier.ttl_controller import OutputReuse
+
+COLD_CPU_FLOPS = 1e11
+COLD_GPU_FLOPS = 3e14
+COLD_LINK = LinkModel(2e-4, ((4096, 1.5e9), (65536, 4e9), (1 << 20, 8e9)))
+"""Before anything was measured: below a modern CPU's memory bandwidth and PCIe 4, so that the first
+decisions do not rely on a link that may not be there."""
+
+CPU_INTERFERENCE = 0.3
+"""Where copies share cores with compute, a second of copying costs each running request this much."""
+
+_MODEL = ""
+"""One engine serves one model; adapters share its template."""
+
+RunReload = Literal["auto", "always", "never", "first_k"]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """What the operator sets.
+
+    Attributes:
+        max_ttl_s: No pin lasts longer.
+        fixed_ttl_s: Instead of choosing: this TTL for every pause.
+        reload: `auto` by cost; the others force the choice.
+        reload_first_chunks: For `first_k`: how many chunks.
+        lease_s: For how long a staged copy keeps its value in the tier.
+        stage: Whether pauses are staged at all.
+    """
+
+    max_ttl_s: float = 600.0
+    fixed_ttl_s: float | None = None
+    reload: RunReload = "auto"
+    reload_first_chunks: int = 0
+    lease_s: float = 600.0
+    stage: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnChoice:
+    """How much to load: `reload_tokens` from the prompt's start, a multiple of the chunk."""
+
+    source: str
+    reload_tokens: int
+    reason: str
+    predicted_load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PauseFacts:
+    """The state of the engine at the end of a turn; see `PauseState` for the meanings."""
+
+    now_s: float
+    context_tokens: int
+    reusable_blocks: int
+    prompt_tokens: int
+    tool: str | None
+    is_tool_call: bool
+    staged_tokens: int
+    tier_available: bool
+    tierable: bool
+    free_unhashed_blocks: int
+    free_blocks: int
+    total_blocks: int
+    pinned_blocks: int
+    budget_left_blocks: int
+    waiting_requests: int
+    waiting_blocks: int
+    waiting_tokens: int
+    running_requests: int
+    load_backlog_tokens: int
+    hint_ttl_s: float | None
+
+
+class Policy:
+    """See the module's docstring."""
+
+    def __init__(
+        self, facts: EngineFacts, config: PolicyConfig, gaps: GapBook, output_reuse: OutputReuse
+    ) -> None:
+        self.facts = facts
+        self.config = config
+        self.gaps = gaps
+        self.output_reuse = output_reuse
+        self.store_link = LinkEstimator(COLD_LINK)
+        self.load_link = LinkEstimator(COLD_LINK)
+        flops = COLD_CPU_FLOPS if facts.on_cpu else COLD_GPU_FLOPS
+        self.prefill = PrefillEstimator(
+            PrefillModel.from_flops(
+                facts.n_parameters, facts.n_layers, facts.attention_width, flops
+            )
+        )
+        self.queue = QueueEstimator()
+        self._interference = CPU_INTERFERENCE if facts.on_cpu else 0.0
+        self._run_bytes = max(1, facts.block_bytes // max(1, facts.n_layers))
+        self._running_requests = 0
+        self.profile_path = ""
+        self.prefill_samples: deque[tuple[int, int, float]] = deque(maxlen=64)
+
+    def seed_from(self, calibration: Calibration) -> None:
+        """Start from measured speeds instead of cold guesses."""
+        self.store_link = LinkEstimator(LinkModel(*calibration.store))
+        self.load_link = LinkEstimator(LinkModel(*calibration.load))
+        self.profile_path = calibration.profile_path
+        for cached_tokens, new_tokens, seconds in calibration.prefill:
+            self.prefill.observe(cached_tokens, new_tokens, seconds)
+
+    # -- observations ------------------------------------------------------------------------------
+
+    def observe_gap(self, tool: str | None, gap_s: float) -> None:
+        """A program returned after `gap_s`."""
+        self.gaps.record(tool, gap_s)
+
+    def observe_censored(self, tool: str | None, waited_s: float) -> None:
+        """A program had not returned after `waited_s`, and is no longer watched."""
+        self.gaps.record_censored(tool, waited_s)
+
+    def observe_copy(self, result: OrderResult) -> None:
+        """A copy took this long."""
+        link = self.store_link if result.direction == "store" else self.load_link
+        link.observe(result.n_bytes, result.run_bytes, result.seconds)
+        if result.run_bytes > 0:
+            self._run_bytes = result.run_bytes
+
+    def observe_step(self, step: StepFacts, seconds: float) -> None:
+        """A step took this long."""
+        self._running_requests = step.running_requests
+        if step.scheduled_tokens <= 0 or seconds <= 0:
+            return
+        self.queue.observe_step(step.scheduled_tokens, seconds)
+        if step.prefill is not None:
+            self.prefill.observe(*step.prefill, seconds)
+            self.prefill_samples.append((*step.prefill, seconds))
+
+    def observe_wait(self, predicted_s: float, actual_s: float) -> None:
+        """A request waited `actual_s` for its blocks."""
+        self.queue.observe_wait(predicted_s, actual_s)
+
+    def observe_output_reuse(self, hit_tokens: int, output_tokens: int) -> None:
+        """The next prompt hit this much of a pinned turn's output part."""
+        self.output_reuse.observe(_MODEL, hit_tokens, output_tokens)
+
+    # -- decisions ---------------------------------------------------------------------------------
+
+    def queue_delay_s(self, backlog_tokens: int) -> float:
+        """Predicted wait behind `backlog_tokens`."""
+        return self.queue.delay_s(backlog_tokens)
+
+    def decide_return(
+        self, prompt_tokens: int, local_tokens: int, tier_tokens: int, backlog_tokens: int
+    ) -> tuple[ReturnChoice, dict[str, Any]]:
+        """How much to reload of what the tier holds; and the entry for the decision log."""
+        state = self._return_state(prompt_tokens, local_tokens, tier_tokens, backlog_tokens)
+        chunk = self.facts.chunk_tokens
+        forced = self._forced_reload(tier_tokens)
+        if forced is None:
+            decision = decide_return(state)
+            source, tokens, reason = decision.source, decision.reload_tokens, str(decision.reason)
+            costs = dict(decision.costs)
+        else:
+            tokens = forced // chunk * chunk
+            source = "reload" if tokens > local_tokens else "recompute"
+            reason, costs = "configured", {}
+        link_s = 0.0
+        if tokens > local_tokens:
+            n_bytes = int((tokens - local_tokens) * self.facts.kv_bytes_per_token)
+            link_s = self.load_link.model().seconds(n_bytes, self._run_bytes)
+        else:
+            tokens = 0
+        entry = {
+            "action": source,
+            "reason": reason,
+            "reload_tokens": tokens,
+            "gpu_tokens": local_tokens,
+            "tier_tokens": tier_tokens,
+            "prompt_tokens": prompt_tokens,
+            "costs": costs,
+        }
+        return ReturnChoice(source, tokens, reason, link_s), entry
+
+    def decide_pause(self, pause: PauseFacts) -> Decision:
+        """Where the KV of a finished turn waits."""
+        facts = self.facts
+        reusable_tokens = pause.reusable_blocks * facts.block_tokens
+        state = PauseState(
+            now_s=pause.now_s,
+            context_tokens=pause.context_tokens,
+            reusable_tokens=reusable_tokens,
+            kv_bytes=pause.reusable_blocks * facts.block_bytes * facts.ranks,
+            n_blocks=pause.reusable_blocks,
+            block_tokens=facts.block_tokens,
+            chunk_tokens=facts.chunk_tokens,
+            tool=pause.tool,
+            is_tool_call=pause.is_tool_call,
+            staged_tokens=pause.staged_tokens,
+            tier_available=pause.tier_available and pause.tierable and self.config.stage,
+            # The server makes room by value and refuses what is worth less than all it holds.
+            tier_free_bytes=1 << 62,
+            store_link=self.store_link.model(),
+            load_link=self.load_link.model(),
+            load_backlog_bytes=int(pause.load_backlog_tokens * facts.kv_bytes_per_token),
+            run_bytes=self._run_bytes,
+            prefill=self.prefill.model(),
+            memory=self._memory(pause),
+            running_requests=pause.running_requests,
+            pin_budget_blocks_left=pause.budget_left_blocks,
+            output_tokens=max(0, reusable_tokens - pause.prompt_tokens),
+            output_reuse=self.output_reuse.probability(_MODEL),
+            ttl_bound=self._ttl_bound(pause.hint_ttl_s),
+            max_ttl_s=self.config.max_ttl_s,
+            tier_retention_s=self.config.lease_s,
+            store_interference=max(0.01, self._interference),
+            load_interference=self._interference,
+        )
+        return decide_pause(state, self.gaps.curve(pause.tool))
+
+    def regret_s_per_block(self, pin: Pin, now_s: float, *, staged: bool) -> float:
+        """Expected loss of ending a pin now, seconds a block: what a miss costs times its chance.
+
+        The chance is that of a return within the time the pin would still last, given how long the
+        program is away already: ``1 - S(waited + left) / S(waited)``.
+
+        Args:
+            pin: Its `data` is a `PinnedTurn`.
+            now_s: Monotonic time.
+            staged: Whether the CPU tier has confirmed the pin's staged prefix.
+        """
+        data = pin.data
+        if not isinstance(data, PinnedTurn):
+            return 0.0
+        curve = self.gaps.curve(data.tool)
+        waited_s = max(0.0, now_s - pin.pinned_s)
+        away = curve.survival(waited_s)
+        if away <= 0.0:
+            return 0.0
+        still_away = curve.survival(max(waited_s, pin.deadline_s - pin.pinned_s))
+        miss_s = data.miss_staged_s if staged else data.miss_unstaged_s
+        return (1.0 - still_away / away) * miss_s / max(1, len(pin.block_ids))
+
+    # -- internals ---------------------------------------------------------------------------------
+
+    def _return_state(
+        self, prompt_tokens: int, local_tokens: int, tier_tokens: int, backlog_tokens: int
+    ) -> ReturnState:
+        return ReturnState(
+            prompt_tokens=prompt_tokens,
+            gpu_hit_tokens=local_tokens,
+            tier_hit_tokens=tier_tokens,
+            chunk_tokens=self.facts.chunk_tokens,
+            kv_bytes_per_token=self.facts.kv_bytes_per_token,
+            link=self.load_link.model(),
+            run_bytes=self._run_bytes,
+            prefill=self.prefill.model(),
+            backlog_bytes=int(backlog_tokens * self.facts.kv_bytes_per_token),
+            delayed_requests=self._running_requests,
+            load_interference=self._interference,
+        )
+
+    def _memory(self, pause: PauseFacts) -> MemoryState:
+        cached_s = 0.0
+        if pause.reusable_blocks:
+            tokens = pause.reusable_blocks * self.facts.block_tokens
+            staged = tokens // self.facts.chunk_tokens * self.facts.chunk_tokens
+            tier = staged if pause.tier_available else 0
+            cached_s = decide_return(self._return_state(tokens + 1, 0, tier, 0)).cost_s
+            cached_s /= pause.reusable_blocks
+        return MemoryState(
+            free_unhashed_blocks=pause.free_unhashed_blocks,
+            free_cached_blocks=max(0, pause.free_blocks - pause.free_unhashed_blocks),
+            total_blocks=pause.total_blocks,
+            pinned_blocks=pause.pinned_blocks,
+            waiting_requests=pause.waiting_requests,
+            waiting_blocks=pause.waiting_blocks,
+            waiting_tokens=pause.waiting_tokens,
+            throughput_tokens_per_s=self.queue.throughput_tokens_per_s,
+            queue_correction=self.queue.correction,
+            cached_reload_s_per_block=cached_s,
+        )
+
+    def _forced_reload(self, tier_tokens: int) -> int | None:
+        match self.config.reload:
+            case "always":
+                return tier_tokens
+            case "never":
+                return 0
+            case "first_k":
+                return min(tier_tokens, self.config.reload_first_chunks * self.facts.chunk_tokens)
+            case _:
+                return None
+
+    def _ttl_bound(self, hint_ttl_s: float | None) -> TtlBound | None:
+        if self.config.fixed_ttl_s is not None:
+            return TtlBound("fixed", self.config.fixed_ttl_s)
+        if hint_ttl_s is not None:
+            return TtlBound("fixed", hint_ttl_s)
+        return None
+
+
+def describe_costs(costs: tuple[tuple[str, float], ...]) -> dict[str, float]:
+    """Costs for the decision log, finite numbers only."""
+    return {name: round(seconds, 6) for name, seconds in costs if abs(seconds) < float("inf")}
+
+
+FORCED_REASON = "configured"
+RETURN_REASONS = frozenset({*(str(r) for r in ReturnReason), FORCED_REASON})
+"""The closed set of reasons of a return decision: label values of `decisions`."""

@@ -1,0 +1,76 @@
+"""What the scheduler half remembers of one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvtier.chunk_keys import ChunkChain
+    from kvtier.request_params import RequestHints
+
+
+@dataclass(slots=True)
+class Turn:
+    """One request: a program's turn, from its arrival to its end.
+
+    Attributes:
+        request: vLLM's request.
+        program: Key of its program.
+        hints: What the client asked for.
+        seed: Start of its chunk chain: adapter and tenant.
+        tierable: Whether its KV may go through the CPU tier.
+        arrived_s: Monotonic time of arrival.
+        predicted_wait_s: Queue delay predicted at arrival, to correct the prediction later.
+        chain: Chunk keys of its prompt, once they were needed.
+        local_tokens: Prompt tokens found in GPU memory when last asked.
+        predicted_load_s: The cost model's estimate for the load, when last decided.
+        return_choice: The last decision on its return, to tell when it changes.
+        started: Whether it has been given blocks.
+        counted: Whether its prompt tokens were counted by source.
+        bypass_tier: A load failed: recompute, do not ask again.
+    """
+
+    request: Any
+    program: str
+    hints: RequestHints
+    seed: bytes
+    tierable: bool
+    arrived_s: float
+    predicted_wait_s: float
+    chain: ChunkChain | None = None
+    local_tokens: int = 0
+    predicted_load_s: float = 0.0
+    return_choice: object = None
+    started: bool = False
+    counted: bool = False
+    bypass_tier: bool = False
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return str(self.request.request_id)
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedTurn:
+    """What a pin stands for, kept with it to value it and to recognise its return.
+
+    Attributes:
+        tool: The tool that the program waits for.
+        n_tokens: Tokens whose KV is pinned.
+        prompt_blocks: How many of the blocks hold prompt: the rest is output, which only hits if the next
+            prompt repeats it token for token.
+        predicted_gap_s: Median of the gap that was expected.
+        staged_tokens: Prefix that the CPU tier holds or is being given.
+        miss_unstaged_s: What a return without the GPU copy costs more, seconds, without a staged copy.
+        miss_staged_s: The same once the staged prefix is confirmed.
+    """
+
+    tool: str | None
+    n_tokens: int
+    prompt_blocks: int
+    predicted_gap_s: float
+    staged_tokens: int = 0
+    miss_unstaged_s: float = 0.0
+    miss_staged_s: float = 0.0

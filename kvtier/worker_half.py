@@ -1,0 +1,229 @@
+"""The worker process: executes copy orders and reports how they went.
+
+Orders are submitted when the step's metadata is bound, before the forward pass, so that copies overlap
+with it. Results are collected after it. Nothing here blocks the forward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from kvtier.calibration import (
+    CalibrationError,
+    load_profile,
+    measure_link,
+    new_profile,
+    profile_path,
+    save_profile,
+)
+from kvtier.copy_plan import CopyOrder
+from kvtier.cpu_pool import CpuPool
+from kvtier.kv_layout import KVLayout
+from kvtier.orders import Calibration, Order, OrderResult, StepOrders
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from kvtier.backend import Region
+    from kvtier.copy_plan import CopyResult
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerHalf:
+    """One worker's copies.
+
+    Args:
+        rank: Index of this worker's slots in each order.
+        slot_bytes: Bytes a chunk that the scheduler computed; the registered tensors must agree.
+        chunk_blocks: Blocks a chunk.
+        n_blocks: GPU blocks of the engine, vLLM's null block included.
+        model: Names the model in the calibration profile.
+        profile_dir: Where profiles are kept; None not to calibrate.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        slot_bytes: int,
+        chunk_blocks: int,
+        n_blocks: int,
+        model: str = "",
+        profile_dir: Path | None = None,
+    ) -> None:
+        self._model = model
+        self._profile_dir = profile_dir
+        self._calibration: Calibration | None = None
+        self._rank = rank
+        self._slot_bytes = slot_bytes
+        self._chunk_blocks = chunk_blocks
+        self._n_blocks = n_blocks
+        self._pool: CpuPool | None = None
+        self._generation: str | None = None
+        self._loads: dict[str, Order] = {}
+        self._results: list[OrderResult] = []
+        self._loaded: set[str] = set()
+        self._bad_blocks: set[int] = set()
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Describe the KV caches.
+
+        Raises:
+            ValueError: The layout is not what the scheduler reckons with.
+        """
+        layout = KVLayout.from_kv_caches(kv_caches, num_blocks=self._n_blocks)
+        actual = layout.slot_bytes(self._chunk_blocks)
+        if actual != self._slot_bytes:
+            message = (
+                f"a chunk of {self._chunk_blocks} blocks has {actual} bytes in the registered KV caches, "
+                f"but {self._slot_bytes} by vLLM's KV cache configuration: this model's layout is not "
+                "supported by kvtier's CPU tier; set kvtier.tier to off to pin only"
+            )
+            raise ValueError(message)
+        self._pool = CpuPool(layout)
+        if self._profile_dir is not None and self._rank == 0:
+            self._calibration = calibrate(layout, self._model, self._profile_dir)
+
+    def submit(self, orders: StepOrders) -> None:
+        """Start a step's copies, loads first."""
+        if orders.region is not None and orders.region.generation != self._generation:
+            self._attach(orders.region)
+        for order in (*orders.loads, *orders.stores):
+            if order.direction == "load":
+                self._loads[str(order.order_id)] = order
+            if self._pool is None or order.generation != self._generation:
+                self._finish(self._unable(order, "the region of the order is not mapped here"))
+                continue
+            try:
+                copy = self._copy_order(order)
+                self._pool.submit(copy)
+            except (ValueError, RuntimeError, IndexError) as error:
+                self._finish(self._unable(order, f"{type(error).__name__}: {error}"))
+
+    def collect(self) -> None:
+        """Take what the copy engine has finished."""
+        if self._pool is None:
+            return
+        for result in self._pool.poll():
+            self._finish(_to_order_result(result))
+
+    def take_loaded(self) -> set[str]:
+        """Requests whose load ended, well or not, since the last call."""
+        loaded, self._loaded = self._loaded, set()
+        return loaded
+
+    def take_bad_blocks(self) -> set[int]:
+        """Blocks whose load failed since the last call: vLLM recomputes from them on."""
+        bad, self._bad_blocks = self._bad_blocks, set()
+        return bad
+
+    def take_results(self) -> list[OrderResult]:
+        """Results since the last call, for the scheduler half."""
+        results, self._results = self._results, []
+        return results
+
+    def take_calibration(self) -> Calibration | None:
+        """Measured speeds, once."""
+        calibration, self._calibration = self._calibration, None
+        return calibration
+
+    def close(self) -> None:
+        """Finish or give up what is running, and unmap. Idempotent."""
+        if self._pool is not None:
+            self._pool.detach()
+            self._pool = None
+
+    # -- internals ---------------------------------------------------------------------------------
+
+    def _attach(self, region: Region) -> None:
+        assert self._pool is not None
+        self._generation = None
+        try:
+            self._pool.attach(region.shm_name, region.size_bytes, region.generation)
+        except (OSError, ValueError, RuntimeError):
+            # Loads and stores into it fail one by one and are counted; the engine goes on.
+            logger.exception("cannot map the CPU tier's shared memory %s", region.shm_name)
+            return
+        self._generation = region.generation
+
+    def _copy_order(self, order: Order) -> CopyOrder:
+        slots = order.slots[self._rank]
+        blocks = order.block_ids
+        if any(slot < 0 for slot in slots):
+            chunk = order.chunk_blocks
+            wanted = [i for i, slot in enumerate(slots) if slot >= 0]
+            blocks = tuple(b for i in wanted for b in blocks[i * chunk : (i + 1) * chunk])
+            slots = [slots[i] for i in wanted]
+        return CopyOrder(
+            order_id=str(order.order_id),
+            direction=order.direction,
+            request_id=order.request_id,
+            block_ids=blocks,
+            slots=slots,
+            chunk_blocks=order.chunk_blocks,
+            skip_blocks=order.skip_blocks,
+            deadline_s=order.deadline_s,
+            generation=order.generation,
+        )
+
+    @staticmethod
+    def _unable(order: Order, error: str) -> OrderResult:
+        return OrderResult(
+            order.order_id,
+            order.direction,
+            ok=False,
+            n_bytes=0,
+            seconds=0.0,
+            run_bytes=0,
+            error=error,
+        )
+
+    def _finish(self, result: OrderResult) -> None:
+        self._results.append(result)
+        if not result.ok:
+            logger.warning(
+                "%s order %d failed: %s", result.direction, result.order_id, result.error
+            )
+        if result.direction == "load":
+            order = self._loads.pop(str(result.order_id))
+            self._loaded.add(order.request_id)
+            if not result.ok:
+                self._bad_blocks.update(order.block_ids[order.skip_blocks :])
+
+
+def calibrate(layout: KVLayout, model: str, profile_dir: Path) -> Calibration | None:
+    """The stored profile of this machine and model, or a measurement of about two seconds."""
+    path = profile_path(profile_dir, model, layout.fingerprint)
+    profile = load_profile(path)
+    if profile is None:
+        try:
+            profile = new_profile(model, layout, measure_link(layout.device))
+        except CalibrationError as error:
+            logger.warning("link not measured, the cost model starts from guesses: %s", error)
+            return None
+        try:
+            save_profile(path, profile)
+        except OSError as error:
+            logger.warning("calibration profile not saved: %s", error)
+    return Calibration(
+        store=(profile.store.latency_s, profile.store.points),
+        load=(profile.load.latency_s, profile.load.points),
+        prefill=tuple((p.cached_tokens, p.new_tokens, p.seconds) for p in profile.prefill),
+        profile_path=str(path),
+    )
+
+
+def _to_order_result(result: CopyResult) -> OrderResult:
+    return OrderResult(
+        order_id=int(result.order_id),
+        direction=result.direction,
+        ok=result.ok,
+        n_bytes=result.n_bytes,
+        seconds=result.seconds,
+        run_bytes=int(result.run_bytes),
+        error=result.error,
+    )
