@@ -19,13 +19,15 @@ import time
 from multiprocessing import Process
 from pathlib import Path
 from threading import Thread
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kvtier.copy_engine import CopyOrder, CpuCopyEngine, Direction, KVLayout
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 CHUNK_BLOCKS = 4
 TIMEOUT_S = 60.0

@@ -218,7 +218,7 @@ def build_detector(
     vllm_config: Any, settings: Settings
 ) -> tuple[ToolCallDetector, Callable[[Sequence[int]], str]]:
     """The tool detector of the engine's model; says at start what it goes by."""
-    from kvtier.tool_formats import format_of_parser, infer_format  # noqa: PLC0415
+    from kvtier.tool_formats import BASH_FENCE, format_of_parser, infer_format  # noqa: PLC0415
 
     tokenizer = _tokenizer(vllm_config)
     if tokenizer is None:
@@ -237,6 +237,9 @@ def build_detector(
     else:
         tool_format = infer_format(str(getattr(tokenizer, "chat_template", None) or ""))
         source = "the model's chat template"
+        if tool_format is None:
+            # Models without a tool format are driven by text: a fenced command ends the turn.
+            tool_format, source = BASH_FENCE, "no tool format in the model's chat template"
     name = tool_format.name if tool_format is not None else "none"
     logger.info("kvtier: tool calls are recognised by format %s (from %s)", name, source)
     return ToolCallDetector(tool_format, decode, tokenizer.get_vocab(), parser), decode
@@ -360,8 +363,9 @@ def _parameters(model: Any) -> int:
 
 
 def _weights_fingerprint(model: str) -> str:
-    """For a local directory: its weight files' names, sizes and times. A changed checkpoint under
-    the same path must not read the KV of the old one.
+    """For a local directory: its weight files' names, sizes and times.
+
+    A changed checkpoint under the same path must not read the KV of the old one.
     """
     path = Path(model)
     if not path.is_dir():

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 PROFILE_VERSION = 1
 RUN_SIZES_BYTES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
-SCRATCH_BYTES = 64 << 20
+SCRATCH_BYTES = 32 << 20
 """Per side: beyond the caches of a core, so that memory is measured."""
 _ORDER_TIMEOUT_S = 10.0
 _MAX_ROUNDS = 32

@@ -60,7 +60,7 @@ def _guarded(default: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return decorate
 
 
-class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
     """See the module's docstring.
 
     Attributes:

@@ -105,7 +105,7 @@ class CudaCopyEngine:
     their stream; `cancel` reaches only those not issued yet.
     """
 
-    def __init__(  # noqa: PLR0913 - settings
+    def __init__(
         self,
         layout: KVLayout,
         region: torch.Tensor,
@@ -296,7 +296,7 @@ class CudaCopyEngine:
                 staging[: len(batch)],
             )
 
-    def _copy_batch(  # noqa: PLR0913, PLR0917 - one batch, unpacked
+    def _copy_batch(
         self,
         order: CopyOrder,
         slots: list[int],

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvtier.copy_kernel import (
     CONTROL_DEADLINE_NS,
@@ -42,6 +41,8 @@ from kvtier.kv_layout import KVLayout, KVLayoutError, Plane
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from numpy.typing import NDArray
 
 
 __all__ = [
@@ -150,7 +151,7 @@ class CpuCopyEngine:
     itself, its clock and its interruption run without it.
     """
 
-    def __init__(  # noqa: PLR0913 - settings
+    def __init__(
         self,
         layout: KVLayout,
         region: NDArray[np.uint8],

@@ -6,7 +6,6 @@ numba (``nogil``) and calls libc's ``memcpy``. Without numba the same function r
 ``memcpy`` through ctypes per piece: correct, but it contends for the lock.
 """
 
-# ruff: noqa: ANN401 - numba infers the types of the loop
 from __future__ import annotations
 
 import ctypes
@@ -53,7 +52,7 @@ class CopyKernel(Protocol):
             returns by itself.
     """
 
-    def __call__(  # noqa: D102, PLR0913, PLR0917 - see the class
+    def __call__(  # noqa: D102 - see the class
         self,
         runs: NDArray[np.int64],
         planes: NDArray[np.int64],
@@ -74,7 +73,7 @@ def _clock_gettime(clock_id: Any, timespec_address: Any) -> Any:
     raise NotImplementedError
 
 
-def _copy_runs(  # noqa: PLR0913, PLR0917 - see CopyKernel
+def _copy_runs(
     runs: Any,
     planes: Any,
     region_address: Any,

@@ -6,14 +6,16 @@ moves and merges what is contiguous on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
     from kvtier.kv_layout import KVLayout
 
 Direction = Literal["store", "load"]

@@ -6,9 +6,10 @@ Plain picklable dataclasses: they cross a process boundary inside vLLM's connect
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from kvtier.backend import Region
+if TYPE_CHECKING:
+    from kvtier.backend import Region
 
 Direction = Literal["store", "load"]
 

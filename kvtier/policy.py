@@ -27,11 +27,11 @@ from kvtier.estimators import (
     PrefillModel,
     QueueEstimator,
 )
-from kvtier.gaps import GapBook
 from kvtier.turn import PinnedTurn
 
 if TYPE_CHECKING:
     from kvtier.engine_facts import EngineFacts, StepFacts
+    from kvtier.gaps import GapBook
     from kvtier.gpu_pin import Pin
     from kvtier.orders import Calibration, OrderResult
     from kvtier.ttl_controller import OutputReuse

@@ -106,7 +106,8 @@ class ResidencyTable:
         self._store = store
         self._programs: dict[tuple[str, str], _Program] = {}
         self._refs: dict[tuple[str, bytes], int] = {}
-        self._ranks: dict[tuple[str, bytes], int] = {}
+        # Ranks and slot bytes of each chunk: outlives the program that told them.
+        self._sizes: dict[tuple[str, bytes], tuple[int, int]] = {}
         # Chunks that no program references any more, oldest first: evicted before anything else.
         self._orphans: OrderedDict[tuple[str, bytes], None] = OrderedDict()
         self._locks: dict[tuple[str, int], _Lock] = {}
@@ -217,7 +218,8 @@ class ResidencyTable:
             return 0
         self._store.admit(res.chunks, res.tag)
         resident = 0
-        for key in res.keys[: res.end]:
+        # Beyond the reservation's end too: the chain's own tail, staged before, stays referenced.
+        for key in res.keys:
             if not all(
                 self._store.resident(ChunkId(res.namespace, key, r)) for r in range(res.ranks)
             ):
@@ -226,7 +228,8 @@ class ResidencyTable:
         self._set_chain(res, res.keys[:resident], now_s)
         # Chunks beyond a hole cannot be read by anyone: do not keep them alive.
         for key in res.keys[resident : res.end]:
-            self._orphan_if_unreferenced((res.namespace, key), res.ranks)
+            if any(self._store.resident(ChunkId(res.namespace, key, r)) for r in range(res.ranks)):
+                self._orphan_if_unreferenced((res.namespace, key), (res.ranks, res.slot_bytes))
         return resident
 
     def drop(self, namespace: str, program: str) -> None:
@@ -283,7 +286,7 @@ class ResidencyTable:
         for key in keys[common:]:
             chunk = (res.namespace, key)
             self._refs[chunk] = self._refs.get(chunk, 0) + 1
-            self._ranks[chunk] = res.ranks
+            self._sizes[chunk] = res.ranks, res.slot_bytes
             self._orphans.pop(chunk, None)
         for key in reversed(old[common:]):
             self._unref((res.namespace, key))
@@ -299,16 +302,17 @@ class ResidencyTable:
             self._refs.pop(chunk, None)
             self._orphans[chunk] = None
 
-    def _orphan_if_unreferenced(self, chunk: tuple[str, bytes], ranks: int) -> None:
+    def _orphan_if_unreferenced(self, chunk: tuple[str, bytes], size: tuple[int, int]) -> None:
         if chunk not in self._refs:
-            self._ranks[chunk] = ranks
+            self._sizes[chunk] = size
             self._orphans[chunk] = None
 
     def _free(self, chunk: tuple[str, bytes]) -> int:
-        ranks = self._ranks.pop(chunk, 1)
-        self._orphans.pop(chunk, None)
+        """Free a chunk that nobody references; returns its bytes, all ranks."""
+        ranks, slot_bytes = self._sizes.pop(chunk)
+        del self._orphans[chunk]
         self._store.delete([ChunkId(*chunk, rank) for rank in range(ranks)])
-        return ranks
+        return ranks * slot_bytes
 
     def _evict(
         self,
@@ -324,7 +328,7 @@ class ResidencyTable:
             if freed >= need_bytes:
                 return True
             if not self._locked.get(chunk) and not (chunk[0] == own[0] and chunk[1] in own_keys):
-                freed += self._free(chunk) * self._slot_bytes_of(chunk[0])
+                freed += self._free(chunk)
                 self.evicted_chunks += 1
         victims = sorted(
             (
@@ -353,11 +357,8 @@ class ResidencyTable:
             record.keys.pop()
             self._unref(chunk)
             if chunk in self._orphans and not (ref[0] == own_ns and chunk[1] in own_keys):
-                freed += self._free(chunk) * record.slot_bytes
+                freed += self._free(chunk)
                 self.evicted_chunks += 1
         if not record.keys:
             del self._programs[ref]
         return freed
-
-    def _slot_bytes_of(self, namespace: str) -> int:
-        return next((r.slot_bytes for (ns, _), r in self._programs.items() if ns == namespace), 1)

@@ -44,8 +44,9 @@ class Returns:
         self._chains: dict[str, ChunkChain] = {}
 
     def readable_tokens(self, turn: Turn) -> int:
-        """Prompt tokens that a load could bring: whole chunks, and never the last token, which is
-        computed for its logits.
+        """Prompt tokens that a load could bring.
+
+        Whole chunks, and never the last token, which is computed for its logits.
         """
         chunk = self._facts.chunk_tokens
         return (int(turn.request.num_tokens) - 1) // chunk * chunk
@@ -67,7 +68,8 @@ class Returns:
         hit = self._reader.hit_chunks(turn.request_id)
         if hit is None:
             return None
-        self._stager.correct(turn.program, hit)
+        if turn.chain is not None:
+            self._stager.correct(turn.program, turn.chain, hit)
         return min(hit * self._facts.chunk_tokens, readable)
 
     def reload_tokens(self, turn: Turn, tier_tokens: int) -> int:
@@ -129,8 +131,9 @@ class Returns:
 
 
 def _continues(pinned: PinnedTurn, pin_blocks: Sequence[int], blocks: Sequence[int]) -> bool:
-    """Whether a request holds the pinned turn's whole prompt. A sub-agent that shares no more than
-    a system prompt does not.
+    """Whether a request holds the pinned turn's whole prompt.
+
+    A sub-agent that shares no more than a system prompt does not.
     """
     last = max(1, pinned.prompt_blocks) - 1
     return last < len(blocks) and blocks[last] == pin_blocks[last]

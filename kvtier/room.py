@@ -28,8 +28,9 @@ class Room:
         self._pins = pins
         self._stager = stager
         self._note = note
-        # What could be freed when a request last failed although everything was: until there is
-        # more, trying again is a waste of the scheduler's time.
+        # Free blocks when a request last failed although every pin had been released. Until releasing
+        # all would give more, trying again is a waste of the scheduler's time. Pins do not give all of
+        # their blocks: running copies and requests hold some, and give them back later.
         self._futile: dict[str, int] = {}
 
     def make(
@@ -50,8 +51,7 @@ class Room:
             `retry`'s result; None when there was not enough.
         """
         running = request.status.name == "RUNNING"
-        supply = self._pool.n_free + self._pins.pinned_blocks
-        if not running and self._futile.get(request.request_id, -1) >= supply:
+        if not running and self._is_futile(request.request_id):
             return None
         order = self._pins.in_release_order(regret_s_per_block)
         order.sort(key=lambda pin: pin.program == own_program)
@@ -67,12 +67,22 @@ class Room:
         while result is None and running and self._stager.cancel_one_for_room():
             result = retry()
         if result is None and not running:
+            self._futile[request.request_id] = self._pool.n_free
             for released in reversed(ended):
                 self._pins.repin(released.pin)
-            self._futile[request.request_id] = supply
             return None
         self._note(*ended)
         return result
+
+    def _is_futile(self, request_id: str) -> bool:
+        failed_with = self._futile.get(request_id)
+        if failed_with is None:
+            return False
+        n_free = self._pool.n_free
+        if n_free + self._pins.pinned_blocks <= failed_with:
+            return True
+        keys = [pin.key for pin in self._pins.pins()]
+        return n_free + self._pins.reclaimable_blocks(keys) <= failed_with
 
     def forget(self, request_id: str) -> None:
         """The request has its blocks, or is over."""

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kvtier.admission import AdmissionView
 from kvtier.backend import StateChanged, TierBackend, TierState
 from kvtier.chunk_keys import chain_seed
-from kvtier.engine_facts import EngineFacts, StepFacts
 from kvtier.gpu_pin import PinTable, ReleaseCause
 from kvtier.live_mode import LiveMode, Mode
 from kvtier.orders import Calibration, OrderResult, StepOrders
 from kvtier.pauses import Pauses
-from kvtier.programs import ObservedGap, TurnRequest, TurnResult
+from kvtier.programs import ObservedGap, ProgramGone, TurnRequest, TurnResult
 from kvtier.reading import TierReader
 from kvtier.request_params import parse_transfer_params
 from kvtier.request_view import adapter_name, is_tierable, reusable_blocks, was_aborted
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from kvtier.admission import AdmissionController
     from kvtier.block_pool import VllmBlockPool
     from kvtier.decision_log import DecisionLog
+    from kvtier.engine_facts import EngineFacts, StepFacts
     from kvtier.gpu_pin import Pin, Released
     from kvtier.policy import Policy
     from kvtier.programs import ProgramTable
@@ -259,8 +259,10 @@ class SchedulerHalf:
         reusable = reusable_blocks(request, block_ids, self.facts.block_tokens, self.pool)
         aborted = was_aborted(request, self._decode)
         if aborted and not turn.started:
-            self.programs.turn_aborted(request.request_id, now_s)
+            gone = self.programs.turn_aborted(request.request_id, now_s)
             self.admission.on_finished(request.request_id)
+            if gone is not None:
+                self._program_gone(gone)
             return None
         call = self._detector.detect(
             request.output_token_ids, hint=turn.hints.tool, complete=not aborted
@@ -397,9 +399,7 @@ class SchedulerHalf:
         self._was_off = mode is Mode.OFF
         self._note_all(*self.pins.expire(now_s))
         for gone in self.programs.forget(now_s):
-            for gap in gone.gaps:
-                self.policy.observe_censored(gap.tool, gap.waited_s)
-            self._forget_program(self.facts.program_handle(gone.program))
+            self._program_gone(gone)
 
     def _regret_s_per_block(self, pin: Pin, now_s: float) -> float:
         data = pin.data
@@ -455,6 +455,11 @@ class SchedulerHalf:
         if self.tier.state is TierState.READY:
             self.tier.drop(self.stager.namespace, program)
         self._forget_program(program)
+
+    def _program_gone(self, gone: ProgramGone) -> None:
+        for gap in gone.gaps:
+            self.policy.observe_censored(gap.tool, gap.waited_s)
+        self._forget_program(self.facts.program_handle(gone.program))
 
     def _forget_program(self, program: str) -> None:
         self.admission.on_program_ended(program)

@@ -41,7 +41,7 @@ OWNER_CHECK_INTERVAL_S = 1.0
 PID_START_TOLERANCE_S = 0.05
 RELEASE_GRACE_S = 15.0
 """What an engine held is kept this long after it died or reconnected: its workers may still be copying.
-Workers give up an order after `cpu_pool.ORDER_DEADLINE_S`, which is less."""
+Workers give up an order after `staging.ORDER_DEADLINE_S`, which is less."""
 
 
 class LMCacheL1:

@@ -13,7 +13,7 @@ reservation is discarded.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtier.backend import (
@@ -43,13 +43,16 @@ class _Split:
     start: int
     end: int
     reserve_id: int
-    order_id: int | None = None
-    n_tokens: int = 0
+    attempt: int
 
 
 @dataclass(slots=True)
 class StageJob:
-    """One finished turn on its way to the CPU tier."""
+    """One finished turn on its way to the CPU tier.
+
+    `void`: what it has stored is of no use any more, whatever a late commit says. `attempt` counts
+    restarts after a hole was found in what the tier held before.
+    """
 
     key: str
     program: str
@@ -58,9 +61,9 @@ class StageJob:
     value_s: float
     lease_s: float
     next_chunk: int
-    splits: list[_Split] = field(default_factory=list)
     cancelled: bool = False
-    room_refused: bool = False
+    void: bool = False
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +121,22 @@ class Stager:
         return staged.n_chunks if staged is not None else 0
 
     def forget(self, program: str) -> None:
-        """The program is over or its KV is known to be gone."""
+        """The program is over: its jobs end too, and what they are still told is ignored."""
         self._staged.pop(program, None)
+        self._void([job for job in self._active() if job.program == program])
 
     def forget_all(self) -> None:
-        """Nothing is known to be staged any more."""
+        """Nothing is known to be staged any more, and nothing under way will be."""
         self._staged.clear()
+        self._void(self._active())
 
-    def correct(self, program: str, resident_chunks: int) -> None:
-        """A lookup has seen how much is really there."""
-        staged = self._staged.get(program)
-        if staged is not None and resident_chunks < staged.n_chunks:
-            self._staged[program] = Staged(staged.chain, resident_chunks)
+    def correct(self, program: str, chain: ChunkChain, resident_chunks: int) -> None:
+        """A lookup of `chain` has seen how much of it is really there.
+
+        Only what the chain shares with the staged one tells: a sub-agent's prompt may share little.
+        """
+        if resident_chunks < self.staged_chunks(program, chain):
+            self._staged[program] = Staged(self._staged[program].chain, resident_chunks)
 
     # -- jobs --------------------------------------------------------------------------------------
 
@@ -251,6 +258,12 @@ class Stager:
 
     # -- internals ---------------------------------------------------------------------------------
 
+    def _void(self, jobs: list[StageJob]) -> None:
+        for job in jobs:
+            job.void = True
+            if not job.cancelled:
+                self.cancel(job.key)
+
     def _active(self) -> list[StageJob]:
         running = [job for job, _ in (*self._by_reserve.values(), *self._by_order.values())]
         return [*self._jobs.values(), *running, *(job for job, _, _ in self._by_commit.values())]
@@ -266,9 +279,8 @@ class Stager:
             job.value_s,
             job.lease_s,
         )
-        split = _Split(job.next_chunk, end, reserve_id)
+        split = _Split(job.next_chunk, end, reserve_id, job.attempt)
         job.next_chunk = end
-        job.splits.append(split)
         self._by_reserve[reserve_id] = (job, split)
 
     def _reserved(self, job: StageJob, split: _Split, event: ReserveDone, now_s: float) -> None:
@@ -279,7 +291,6 @@ class Stager:
             self._by_commit[self._tier.commit(split.reserve_id, ok=True)] = (job, split, True)
             return
         order_id = self._order_ids.take()
-        split.order_id = order_id
         self._by_order[order_id] = (job, split)
         first, last = split.start * self._chunk_blocks, split.end * self._chunk_blocks
         self._ready.append(
@@ -301,10 +312,13 @@ class Stager:
         if not job.cancelled and now_s < order.deadline_s:
             return True
         del self._by_order[order.order_id]
+        self._fail(job, "order_expired")
         self._by_commit[self._tier.commit(split.reserve_id, ok=False)] = (job, split, False)
         return False
 
     def _committed(self, job: StageJob, split: _Split, resident_chunks: int) -> None:
+        if job.void:
+            return
         done = self._staged.get(job.program)
         before = 0 if done is None else done.n_chunks
         self._staged[job.program] = Staged(job.chain, resident_chunks)
@@ -312,11 +326,14 @@ class Stager:
             "staged_tokens", max(0, resident_chunks - before) * job.chain.chunk_tokens
         )
         if resident_chunks < split.end and not job.cancelled:
-            # What the tier held before has a hole now: start again from there, once.
-            if job.room_refused:
-                self._fail(job, "stage_lost_prefix")
+            # What the tier held before has a hole now: start again from there, once. A split that
+            # was reserved before the restart only says the same again.
+            if split.attempt < job.attempt:
                 return
-            job.room_refused = True
+            if job.attempt:
+                self._fail(job, "lost_prefix")
+                return
+            job.attempt += 1
             job.next_chunk = resident_chunks
             return
         finished = job.next_chunk >= len(job.chain) and resident_chunks >= len(job.chain)
@@ -326,7 +343,7 @@ class Stager:
 
     def _fail(self, job: StageJob, reason: str) -> None:
         if not job.cancelled:
-            self._stats.count("failures", 1, f"stage_{reason}".replace("stage_stage_", "stage_"))
+            self._stats.count("failures", 1, f"stage_{reason}")
             self.cancel(job.key)
 
 

@@ -357,8 +357,15 @@ def status(run_dir: Path | None = None) -> list[ServerSummary]:
     return summaries
 
 
-def stop_all(run_dir: Path | None = None, *, timeout_s: float = 30.0) -> list[StopResult]:
+def stop_all(
+    run_dir: Path | None = None, *, name: str | None = None, timeout_s: float = 30.0
+) -> list[StopResult]:
     """Stop every server on which no lease is held (close your own first), without the grace.
+
+    Args:
+        run_dir: Where the servers' files are; default: the user's.
+        name: Only the server of this name.
+        timeout_s: For all of them together.
 
     Returns:
         One result per server that was running.
@@ -372,6 +379,8 @@ def stop_all(run_dir: Path | None = None, *, timeout_s: float = 30.0) -> list[St
     results = []
     deadline_s = time.monotonic() + timeout_s
     for files in _known_files(prepare_run_dir(run_dir)):
+        if name is not None and files.name != name:
+            continue
         with files.election():
             record = files.read_record()
             if record is None or not record.guardian.alive():

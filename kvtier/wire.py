@@ -21,7 +21,7 @@ class _Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Base: arrays on the wire, tagged by class name."""
 
 
-class Hello(_Message):
+class Hello(_Message, frozen=True):
     """Register an engine. `pid` and `pid_start_s` let the server see that the engine has died."""
 
     id: int
@@ -31,7 +31,7 @@ class Hello(_Message):
     pid_start_s: float
 
 
-class Lookup(_Message):
+class Lookup(_Message, frozen=True):
     """Find and read-lock the longest resident prefix of `keys` that all ranks hold."""
 
     id: int
@@ -41,7 +41,7 @@ class Lookup(_Message):
     ranks: int
 
 
-class Trim(_Message):
+class Trim(_Message, frozen=True):
     """Keep only chunks [keep_from, keep_to) of lookup `lookup_id` locked; an empty range ends it."""
 
     id: int
@@ -50,7 +50,7 @@ class Trim(_Message):
     keep_to: int
 
 
-class Reserve(_Message):
+class Reserve(_Message, frozen=True):
     """Ask for slots for chunks [start, end) of a program's chain `keys`.
 
     `value_s` is what the engine expects to lose, in seconds, if the program's KV were not there at its
@@ -69,7 +69,7 @@ class Reserve(_Message):
     lease_s: float
 
 
-class Commit(_Message):
+class Commit(_Message, frozen=True):
     """End reservation `reserve_id`: admit what was written (`ok`) or discard it."""
 
     id: int
@@ -77,7 +77,7 @@ class Commit(_Message):
     ok: bool
 
 
-class Drop(_Message):
+class Drop(_Message, frozen=True):
     """Forget a program. Its chunks go when nothing else references them."""
 
     id: int
@@ -85,13 +85,13 @@ class Drop(_Message):
     program: str
 
 
-class Status(_Message):
+class Status(_Message, frozen=True):
     """Ask for counts."""
 
     id: int
 
 
-class Failed(_Message):
+class Failed(_Message, frozen=True):
     """The request could not be served. `reason` is machine-readable."""
 
     id: int
@@ -99,7 +99,7 @@ class Failed(_Message):
     detail: str
 
 
-class HelloReply(_Message):
+class HelloReply(_Message, frozen=True):
     """The region to map, and which server this is (`generation` changes when it restarts)."""
 
     id: int
@@ -110,7 +110,7 @@ class HelloReply(_Message):
     eviction_policy: str
 
 
-class LookupReply(_Message):
+class LookupReply(_Message, frozen=True):
     """`hit_chunks` from the start, and for each rank the slot offsets of exactly these chunks."""
 
     id: int
@@ -119,7 +119,7 @@ class LookupReply(_Message):
     slots: list[list[int]]
 
 
-class ReserveReply(_Message):
+class ReserveReply(_Message, frozen=True):
     """For each rank, one slot offset a chunk of [start, end); -1 where it is resident already."""
 
     id: int
@@ -127,7 +127,7 @@ class ReserveReply(_Message):
     slots: list[list[int]]
 
 
-class CommitReply(_Message):
+class CommitReply(_Message, frozen=True):
     """How many chunks of the program's chain are resident, counted from its start."""
 
     id: int
@@ -135,7 +135,7 @@ class CommitReply(_Message):
     resident_chunks: int
 
 
-class StatusReply(_Message):
+class StatusReply(_Message, frozen=True):
     """Counts: bytes used and total, programs, chunks, locks held by lookups, open reservations."""
 
     id: int
@@ -149,7 +149,7 @@ class StatusReply(_Message):
     evicted_chunks: int
 
 
-class Ack(_Message):
+class Ack(_Message, frozen=True):
     """Done."""
 
     id: int

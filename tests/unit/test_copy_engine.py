@@ -372,6 +372,7 @@ def test_the_loop_can_be_stopped_after_every_piece(piece: int) -> None:
     def stop_after_one(target: int, source: int, n: int) -> None:
         nonlocal steps
         steps += 1
+        assert steps <= plan.n_bytes  # a loop that starts over would never end
         control[copy_kernel.CONTROL_STOP] = 1
         ctypes.memmove(int(target), int(source), int(n))
 
@@ -484,6 +485,7 @@ def test_close_fails_what_is_left_and_refuses_more() -> None:
     engine.submit(case.order("load", order_id=2), 0.0)
     assert gate.entered.acquire(timeout=WAIT_S)
     assert not engine.drain(0.0)
+    engine._closing = True  # before the copy goes on: it must not take the next order
     gate.go.release(10)
     engine.close()
     results = engine.poll()
@@ -528,11 +530,11 @@ def test_the_copy_leaves_the_interpreter_to_others() -> None:
     state = np.zeros(copy_kernel.STATE_FIELDS, np.int64)
     control = np.array([0, copy_kernel.NO_DEADLINE_NS])
     seen: list[int] = []
-    total = plan.n_bytes * 8
+    total = plan.n_bytes * 24
 
     def copy() -> None:
         args = (plan.planes, region.ctypes.data, 0, 1 << 16, state, control)
-        kernel(np.tile(plan.runs, (8, 1)), *args)  # one call
+        kernel(np.tile(plan.runs, (24, 1)), *args)  # one call
 
     thread = threading.Thread(target=copy)
     thread.start()

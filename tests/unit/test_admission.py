@@ -1,0 +1,449 @@
+"""Admission: order by program, working set, and above all that nobody waits for ever."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtier.admission import (
+    AdmissionConfig,
+    AdmissionController,
+    AdmissionDecision,
+    AdmissionView,
+    ProgramArrivals,
+    rank_s,
+)
+from kvtier.working_set import WorkingSet
+
+FCFS = AdmissionConfig(mode="program_fcfs")
+VIEW = AdmissionView(now_s=100.0, free_blocks=100, total_blocks=100, running_requests=1)
+
+
+def controller(
+    config: AdmissionConfig = FCFS, view: AdmissionView = VIEW
+) -> AdmissionController[str]:
+    admission: AdmissionController[str] = AdmissionController(config)
+    admission.begin_step(view)
+    return admission
+
+
+def arrive(
+    admission: AdmissionController[str],
+    request_id: str,
+    program: str,
+    program_arrival_s: float,
+    *,
+    now_s: float = 100.0,
+    blocks: int = 10,
+    returning: bool = True,
+) -> None:
+    admission.on_arrival(
+        request_id,
+        program,
+        program_arrival_s=program_arrival_s,
+        returning=returning,
+        context_blocks=blocks,
+        now_s=now_s,
+    )
+
+
+def reason(admission: AdmissionController[str], request_id: str, now_s: float = 100.0) -> str:
+    return admission.decide(request_id, 1, now_s).reason
+
+
+def test_off_admits_all() -> None:
+    admission = controller(AdmissionConfig(mode="off"))
+    arrive(admission, "old", "A", 0.0)
+    arrive(admission, "young", "B", 90.0)
+    assert admission.decide("young", 10**9, 100.0) == AdmissionDecision(admit=True, reason="off")
+
+
+def test_older_programs_come_first() -> None:
+    admission = controller()
+    arrive(admission, "young", "B", 90.0)
+    arrive(admission, "old", "A", 50.0)
+    assert reason(admission, "young") == "older_waiting"
+    assert reason(admission, "old") == "first_in_order"
+    admission.on_started("old")
+    assert reason(admission, "young") == "first_in_order"
+    assert reason(admission, "never heard of") == "not_waiting"
+    assert reason(admission, "old") == "not_waiting"
+
+
+def test_who_left_holds_nobody_back() -> None:
+    admission = controller()
+    arrive(admission, "young", "B", 90.0)
+    arrive(admission, "old", "A", 50.0)
+    admission.on_finished("old")
+    assert reason(admission, "young") == "first_in_order"
+    assert admission.waiting == 1
+
+
+def test_a_request_that_waited_for_the_aging_time_is_passed_by_no_newcomer() -> None:
+    admission = controller(replace(FCFS, aging_s=60.0))
+    arrive(admission, "patient", "B", 100.0, now_s=100.0)
+    arrive(admission, "quick", "A", 0.0, now_s=159.0)
+    assert admission.sort_key("quick") < admission.sort_key("patient")  # type: ignore[operator]
+    arrive(admission, "late", "A", 0.0, now_s=161.0)
+    assert admission.sort_key("patient") < admission.sort_key("late")  # type: ignore[operator]
+
+
+def test_without_aging_the_program_alone_counts() -> None:
+    assert rank_s(3.0, 1e6, 0.0) == 3.0
+    admission = controller(AdmissionConfig(aging_s=0.0))
+    arrive(admission, "a1", "A", 100.0, blocks=90, returning=False)
+    admission.on_started("a1")
+    arrive(admission, "b1", "B", 100.0, blocks=90, returning=False)
+    assert reason(admission, "b1", 1e6) == "working_set_full"
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0.1, 1e4))
+def test_rank_lies_between_the_aged_and_the_real_arrival(
+    program_s: float, arrival_s: float, aging_s: float
+) -> None:
+    assert arrival_s - aging_s <= rank_s(program_s, arrival_s, aging_s) <= arrival_s
+
+
+def test_a_request_that_nobody_asks_for_holds_others_back_for_a_few_scans_only() -> None:
+    admission = controller(replace(FCFS, stale_scans=3))
+    arrive(admission, "grammar", "A", 0.0)
+    arrive(admission, "young", "B", 90.0)
+    reasons = []
+    for _ in range(5):
+        reasons.append(reason(admission, "young"))
+        admission.begin_step(VIEW)
+    assert reasons == ["older_waiting"] * 3 + ["first_in_order", "retry"]
+    arrive(admission, "younger", "C", 95.0)
+    assert reason(admission, "grammar") == "first_in_order"
+    assert reason(admission, "younger") == "older_waiting"
+
+
+def test_steps_without_questions_make_nobody_stale() -> None:
+    admission = controller(replace(FCFS, stale_scans=3))
+    arrive(admission, "young", "B", 90.0)
+    arrive(admission, "old", "A", 0.0)
+    for _ in range(100):
+        admission.begin_step(VIEW)
+    assert reason(admission, "young") == "older_waiting"
+
+
+def test_a_request_without_room_stops_holding_others_back() -> None:
+    admission = controller(replace(FCFS, blocked_after_s=5.0))
+    arrive(admission, "huge", "A", 0.0)
+    arrive(admission, "young", "B", 90.0)
+    for now_s, expected in (
+        (100.0, "older_waiting"),
+        (104.9, "older_waiting"),
+        (105.0, "first_in_order"),
+    ):
+        admission.begin_step(replace(VIEW, now_s=now_s))
+        assert reason(admission, "huge", now_s) == ("first_in_order" if now_s == 100.0 else "retry")
+        assert reason(admission, "young", now_s) == expected
+
+
+def test_deferral_ends_after_its_limit() -> None:
+    admission = controller(replace(FCFS, max_defer_s=20.0, blocked_after_s=1e6))
+    arrive(admission, "old", "A", 0.0)
+    arrive(admission, "young", "B", 90.0)
+    for now_s, expected in (
+        (100.0, "older_waiting"),
+        (119.0, "older_waiting"),
+        (120.0, "deferred_long_enough"),
+    ):
+        admission.begin_step(replace(VIEW, now_s=now_s))
+        assert reason(admission, "old", now_s) in ("first_in_order", "retry")
+        assert reason(admission, "young", now_s) == expected
+
+
+def test_with_nothing_running_the_first_of_those_asked_for_is_let_through() -> None:
+    idle = replace(VIEW, running_requests=0)
+    admission = controller(FCFS, idle)
+    arrive(admission, "grammar", "A", 0.0)
+    arrive(admission, "young", "B", 90.0)
+    assert reason(admission, "young") == "nothing_running"
+    busy = controller()
+    for request_id, at in (("c", 95.0), ("b", 90.0), ("a", 80.0)):
+        arrive(busy, request_id, request_id, at)
+    arrive(busy, "running", "R", 0.0)
+    assert reason(busy, "running") == "first_in_order"
+    for request_id in "cba":
+        assert reason(busy, request_id) == "older_waiting"
+    busy.on_started("running")
+    busy.begin_step(VIEW)
+    busy.on_finished("running")
+    assert [reason(busy, request_id) for request_id in "cba"] == [
+        "older_waiting",
+        "older_waiting",
+        "nothing_running",
+    ]
+
+
+def test_new_programs_wait_until_the_working_set_fits() -> None:
+    admission = controller(AdmissionConfig(headroom_fraction=0.1, long_pause_s=10.0))
+    arrive(admission, "a1", "A", 100.0, blocks=50, returning=False)
+    arrive(admission, "b1", "B", 100.0, blocks=60, returning=False)
+    assert reason(admission, "a1") == "first_in_order"
+    admission.on_started("a1")
+    assert admission.working_set_blocks == 50
+    assert reason(admission, "b1") == "working_set_full"
+    arrive(admission, "c1", "C", 100.0, blocks=10, returning=False)
+    assert reason(admission, "c1") == "older_waiting"
+    arrive(admission, "d7", "D", 100.5, blocks=90, now_s=101.0)
+    assert reason(admission, "d7") == "first_in_order"
+    admission.on_finished("a1")
+    assert reason(admission, "b1") == "working_set_full"
+    admission.begin_step(replace(VIEW, now_s=112.0))
+    assert reason(admission, "d7", 112.0) == "retry"
+    assert admission.working_set_blocks == 0
+    admission.on_finished("d7")
+    assert reason(admission, "b1", 112.0) == "first_in_order"
+
+
+def test_a_long_pause_counts_while_its_kv_is_resident() -> None:
+    admission = controller(AdmissionConfig(long_pause_s=10.0))
+    arrive(admission, "a1", "A", 100.0, blocks=50, returning=False)
+    admission.on_started("a1")
+    admission.on_finished("a1")
+    admission.on_kv_pinned("A")
+    admission.begin_step(replace(VIEW, now_s=500.0))
+    assert admission.working_set_blocks == 50
+    admission.on_kv_released("A")
+    assert admission.working_set_blocks == 0
+
+
+def test_a_new_program_does_not_ask_for_blocks_that_are_not_there() -> None:
+    view = replace(VIEW, free_blocks=5, pinned_blocks=5)
+    admission = controller(AdmissionConfig(), view)
+    arrive(admission, "a", "A", 100.0, returning=False)
+    assert admission.decide("a", 11, 100.0).reason == "no_free_blocks"
+    assert admission.decide("a", 10, 100.0).reason == "first_in_order"
+
+
+def test_an_aged_new_program_is_held_back_by_order_only() -> None:
+    admission = controller(AdmissionConfig(aging_s=60.0))
+    arrive(admission, "a1", "A", 100.0, blocks=90, returning=False)
+    admission.on_started("a1")
+    arrive(admission, "b1", "B", 100.0, blocks=90, returning=False)
+    assert reason(admission, "b1", 159.0) == "working_set_full"
+    assert reason(admission, "b1", 160.0) == "first_in_order"
+
+
+def test_ended_programs_do_not_count() -> None:
+    admission = controller(AdmissionConfig())
+    for name in ("a", "b"):
+        arrive(admission, name, name, 100.0, blocks=20, returning=False)
+        admission.on_started(name)
+    admission.on_finished("a")
+    admission.on_program_ended("a")
+    admission.on_program_ended("b")
+    assert admission.working_set_blocks == 20
+    admission.on_finished("b")
+    assert admission.working_set_blocks == 0
+    admission.on_program_ended("unknown")
+
+
+def test_settings_that_could_wait_for_ever_are_refused() -> None:
+    for changed in (
+        {"max_defer_s": float("inf")},
+        {"aging_s": float("nan")},
+        {"blocked_after_s": -1.0},
+        {"stale_scans": 0},
+        {"headroom_fraction": 1.0},
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            replace(FCFS, **changed)
+
+
+def test_heaps_stay_in_proportion_to_the_waiting_requests() -> None:
+    admission = controller()
+    arrive(admission, "first", "F", 0.0)
+    for i in range(10_000):
+        arrive(admission, f"r{i}", f"p{i}", 1.0 + i / 1e6)
+        admission.on_started(f"r{i}")
+        admission.on_finished(f"r{i}")
+    assert sum(map(len, admission._heaps)) < 100
+    assert not admission._started
+    admission.begin_step(replace(VIEW, now_s=1e6))
+    assert len(admission._working_set) == 0
+    assert not admission._working_set._pauses
+
+
+def test_a_question_costs_a_few_heap_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    admission = controller()
+    n = 2000
+    for i in range(n):
+        arrive(admission, f"r{i}", f"p{i}", 100.0 - i / n)
+    looks = 0
+    competes = admission._competes
+
+    def count(*args: Any, **kwargs: Any) -> bool:
+        nonlocal looks
+        looks += 1
+        return competes(*args, **kwargs)
+
+    monkeypatch.setattr(admission, "_competes", count)
+    for _ in range(3):
+        admission.begin_step(VIEW)
+        for i in range(n):
+            admission.decide(f"r{i}", 1, 100.0)
+    assert looks <= 3 * n * 2
+
+
+def test_busy_programs_are_counted_once() -> None:
+    busy: WorkingSet[str] = WorkingSet(long_pause_s=10.0)
+    busy.start("a", 10)
+    busy.start("a", 30)
+    assert busy.blocks == 30
+    assert busy.fits("a", 50, 50)
+    assert not busy.fits("b", 30, 50)
+    busy.pause("a", 0.0)
+    busy.expire(100.0)
+    assert busy.blocks == 30
+    busy.pause("a", 100.0)
+    busy.start("a", 5)
+    busy.pause("a", 105.0)
+    busy.expire(110.0)
+    assert busy.blocks == 30
+    busy.expire(115.0)
+    assert (busy.blocks, len(busy)) == (0, 0)
+
+
+def test_arrivals_are_remembered_for_the_last_active_programs() -> None:
+    arrivals = ProgramArrivals(max_programs=2)
+    assert arrivals.first_arrival_s("a", 1.0) == 1.0
+    assert arrivals.first_arrival_s("b", 2.0) == 2.0
+    assert arrivals.first_arrival_s("a", 3.0) == 1.0
+    assert arrivals.first_arrival_s("c", 4.0) == 4.0
+    assert arrivals.first_arrival_s("b", 5.0) == 5.0
+    assert len(arrivals) == 2
+
+
+@dataclass
+class Request:
+    """A request of the simulated engine."""
+
+    request_id: str
+    program: int
+    blocks: int
+    steps_left: int
+    askable_from_s: float
+
+
+@dataclass
+class Loop:
+    """vLLM's waiting loop in small: FCFS queue, skip on deferral, stop at a failed allocation."""
+
+    admission: AdmissionController[int]
+    total_blocks: int
+    max_running: int
+    now_s: float = 0.0
+    queue: list[Request] = field(default_factory=list)
+    running: list[Request] = field(default_factory=list)
+
+    def step(self) -> None:
+        free = self.total_blocks - sum(request.blocks for request in self.running)
+        self.admission.begin_step(
+            AdmissionView(self.now_s, free, self.total_blocks, len(self.running))
+        )
+        asked, admitted = 0, 0
+        idle = not self.running
+        for request in list(self.queue):
+            if len(self.running) == self.max_running:
+                break
+            if request.askable_from_s > self.now_s:
+                continue
+            asked += 1
+            if not self.admission.decide(request.request_id, request.blocks, self.now_s).admit:
+                continue
+            admitted += 1
+            if request.blocks > free:
+                break
+            free -= request.blocks
+            self.queue.remove(request)
+            self.running.append(request)
+            self.admission.on_started(request.request_id)
+        assert not (idle and asked and not admitted), "requests wait, nothing runs, all deferred"
+        for request in list(self.running):
+            request.steps_left -= 1
+            if request.steps_left == 0:
+                self.running.remove(request)
+                self.admission.on_finished(request.request_id)
+        self.now_s += 0.5
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(["program_fcfs", "working_set"]))
+def test_every_request_is_admitted_in_time_and_no_step_is_wasted(seed: int, mode: str) -> None:
+    rng = random.Random(seed)
+    config = AdmissionConfig(
+        mode=mode,  # type: ignore[arg-type]
+        aging_s=rng.choice([0.0, 5.0, 30.0]),
+        max_defer_s=rng.choice([2.0, 10.0, 40.0]),
+        blocked_after_s=rng.choice([0.0, 3.0]),
+        stale_scans=rng.choice([1, 4]),
+        long_pause_s=rng.choice([0.0, 5.0]),
+    )
+    loop = Loop(AdmissionController(config), total_blocks=100, max_running=rng.choice([1, 4, 16]))
+    programs: dict[int, float] = {}
+    for i in range(150):
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            program = rng.randrange(30)
+            new = program not in programs
+            request = Request(
+                f"r{i}-{rng.random()}",
+                program,
+                blocks=rng.choice([1, 5, 20, 60, 100]),
+                steps_left=rng.randint(1, 6),
+                askable_from_s=loop.now_s + rng.choice([0.0, 0.0, 0.0, 5.0, 60.0]),
+            )
+            loop.queue.append(request)
+            loop.admission.on_arrival(
+                request.request_id,
+                program,
+                program_arrival_s=programs.setdefault(program, loop.now_s),
+                returning=not new,
+                context_blocks=request.blocks,
+                now_s=loop.now_s,
+            )
+        if loop.queue and rng.random() < 0.05:
+            loop.admission.on_finished(loop.queue.pop(rng.randrange(len(loop.queue))).request_id)
+        if rng.random() < 0.05:
+            loop.admission.on_kv_pinned(rng.randrange(30))
+        loop.step()
+    for _ in range(5000):
+        if not loop.queue and not loop.running:
+            break
+        loop.step()
+    assert not loop.queue, "a request starved"
+    assert loop.admission.waiting == 0
+    for program in programs:
+        loop.admission.on_program_ended(program)
+    assert loop.admission.working_set_blocks == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32))
+def test_nobody_is_deferred_beyond_the_limit(seed: int) -> None:
+    rng = random.Random(seed)
+    config = AdmissionConfig(max_defer_s=7.0, aging_s=1000.0, blocked_after_s=1000.0)
+    admission: AdmissionController[int] = AdmissionController(config)
+    first_no: dict[str, float] = {}
+    for step in range(100):
+        now_s = step * 0.5
+        admission.begin_step(AdmissionView(now_s, 0, 100, running_requests=1))
+        admission.on_arrival(
+            f"r{step}",
+            step,
+            program_arrival_s=now_s - rng.random() * 900,
+            returning=rng.random() < 0.5,
+            context_blocks=50,
+            now_s=now_s,
+        )
+        for request_id in [f"r{i}" for i in range(step + 1)]:
+            if not admission.decide(request_id, 10, now_s).admit:
+                assert now_s - first_no.setdefault(request_id, now_s) < 7.0

@@ -1,0 +1,131 @@
+"""The command line: what is printed, what is refused, and which exit codes are given."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvtier import __version__
+from kvtier.cli import app, settings_reference
+
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "configuration.md"
+HERMES_TEMPLATE = "{{ messages }}<tool_call>{{ call }}</tool_call>"
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KVTIER_MODE", "KVTIER_TOOL_CALL_PARSER", "KVTIER_CONFIG_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("kvtier.serve_process.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("kvtier.serve_plan._vllm", lambda: ["vllm"])
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "chat_template.jinja").write_text(HERMES_TEMPLATE)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["serve", "doctor", "config", "version"])
+def test_help_of_each_command(command: str) -> None:
+    result = runner.invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"Usage: kvtier {command}" in result.output
+
+
+def test_version() -> None:
+    assert runner.invoke(app, ["version"]).output == f"{__version__}\n"
+
+
+def test_dry_run_prints_exactly_the_command(model: str) -> None:
+    result = runner.invoke(app, ["serve", model, "--port", "8000", "-tp", "2", "--dry-run"])
+    assert result.exit_code == 0
+    words = shlex.split(result.output)
+    assert words[:-1] == [
+        "vllm", "serve", model, "--port", "8000", "-tp", "2",
+        "--block-size", "32",
+        "--tool-call-parser", "hermes", "--enable-auto-tool-choice",
+        "--kv-transfer-config",
+    ]  # fmt: skip
+    assert json.loads(words[-1]) == {
+        "kv_connector": "KVTierConnector",
+        "kv_connector_module_path": "kvtier.connector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"kvtier.tool_call_parser": "hermes"},
+    }
+
+
+def test_dry_run_json(model: str) -> None:
+    result = runner.invoke(app, ["serve", model, "--dry-run", "--json"])
+    plan = json.loads(result.output)
+    assert plan["command"][:3] == ["vllm", "serve", model]
+    assert plan["extra_config"] == {"kvtier.tool_call_parser": "hermes"}
+    assert "tool parser hermes: inferred from the chat template" in plan["notes"]
+
+
+def test_own_parser_setting_is_not_overridden(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVTIER_TOOL_CALL_PARSER", "mistral")
+    plan = json.loads(runner.invoke(app, ["serve", model, "--dry-run", "--json"]).output)
+    assert plan["extra_config"] == {}
+    assert plan["command"][plan["command"].index("--tool-call-parser") + 1] == "mistral"
+
+
+def test_serve_refuses_json_without_dry_run(model: str) -> None:
+    result = runner.invoke(app, ["serve", model, "--json"])
+    assert result.exit_code == 2
+    assert "--json prints the plan of --dry-run" in result.output
+
+
+def test_serve_reports_a_bad_setting_before_anything_starts(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVTIER_MODE", "maybe")
+    result = runner.invoke(app, ["serve", model])
+    assert result.exit_code == 2
+    assert "KVTIER_MODE='maybe': accepted is on, shadow, off" in result.output
+
+
+def test_serve_reports_a_bad_setting_in_the_flag(model: str) -> None:
+    transfer = json.dumps({"kv_connector_extra_config": {"kvtier.mdoe": "on"}})
+    result = runner.invoke(app, ["serve", model, "--kv-transfer-config", transfer, "--dry-run"])
+    assert result.exit_code == 2
+    assert "did you mean kvtier.mode?" in result.output
+
+
+def test_serve_exit_code_is_vllms(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtier.serve_process.run_serve", lambda *_, **__: 7)
+    assert runner.invoke(app, ["serve", model]).exit_code == 7
+
+
+def test_config_shows_value_and_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVTIER_MODE", "shadow")
+    shown = json.loads(runner.invoke(app, ["config", "--json"]).output)
+    assert shown["mode"] == {"value": "shadow", "source": "environment"}
+    assert shown["stage"] == {"value": True, "source": "default"}
+    text = runner.invoke(app, ["config"]).output
+    assert re.search(r"mode +shadow +environment", text)
+    assert re.search(r"dram_gb +auto +default", text)
+
+
+def test_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVTIER_NOPE", "1")
+    result = runner.invoke(app, ["config"])
+    assert result.exit_code == 2
+    assert "KVTIER_NOPE='1': unknown key" in result.output
+
+
+def test_documentation_has_the_reference_of_this_version() -> None:
+    """`kvtier config --reference` prints the table."""
+    assert settings_reference() in DOCUMENTATION.read_text(encoding="utf-8")
+    assert runner.invoke(app, ["config", "--reference"]).output == settings_reference()
+
+
+def test_demo_is_listed() -> None:
+    assert re.search(r"^  demo ", runner.invoke(app, ["--help"]).output, re.MULTILINE)
