@@ -1,0 +1,1 @@
+"""``kvtier demo``: one multi-agent workload on plain vLLM, stock LMCache and kvtier."""

@@ -1,0 +1,192 @@
+"""The command ``kvtier demo``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+import tempfile
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from kvtier import __version__
+from kvtier.demo import repo_tools
+from kvtier.demo.arms import BLOCK_TOKENS, CHUNK_TOKENS, Arm, EngineConfig, engine_environment
+from kvtier.demo.driver import WorkError
+from kvtier.demo.progress import DemoProgress
+from kvtier.demo.report import ArmResult, build_report, render_html, write_json
+from kvtier.demo.runner import DemoRun, run_arms
+from kvtier.demo.servers import ServerError, stop_on_sigterm
+from kvtier.demo.summary import print_summary
+from kvtier.demo.workload import Workload, WorkloadConfig, build_workload
+from kvtier.server_launch import SupervisorError, shm_free_bytes
+from kvtier.setup_model import ModelSetupError, ensure_model
+
+_GIB = 1 << 30
+_MIB = 1 << 20
+_DEFAULT_KV_TOKENS = 190 * BLOCK_TOKENS
+
+
+def demo(
+    *,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures to this file.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write a self-contained page to this file.")
+    ] = None,
+    programs: Annotated[int, typer.Option(min=1, help="Number of agents.")] = 6,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each agent.")] = 6,
+    seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 5,
+    arms: Annotated[
+        str, typer.Option(help="Engines to run, in this order: plain, stock, kvtier.")
+    ] = "plain,stock,kvtier",
+    kv_tokens: Annotated[
+        int, typer.Option(min=1, help="KV memory of the engine in tokens.")
+    ] = _DEFAULT_KV_TOKENS,
+    model: Annotated[
+        Path | None, typer.Option(help="Model directory; default is the built-in small model.")
+    ] = None,
+    cpu_tier_gib: Annotated[
+        float, typer.Option(min=0.1, help="CPU memory for KV in GiB (stock and kvtier).")
+    ] = 1.0,
+    engine_threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads of a CPU engine; default leaves one core free."),
+    ] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Keep the servers' logs in this new directory.")
+    ] = None,
+) -> None:
+    """Run the same agents on plain vLLM, on stock LMCache and on kvtier, and compare."""
+    console = Console()
+    # The command line's own logging would print every request.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs = work_dir or Path(tempfile.mkdtemp(prefix="kvtier-demo-"))
+    try:
+        chosen = _parse_arms(arms)
+        for output in (json_file, html_file):
+            _check_writable(output)
+        logs.mkdir(parents=True, exist_ok=True)
+        model_dir = model or ensure_model()
+        workload = _build_workload(model_dir, WorkloadConfig(programs, turns, seed))
+        engine = EngineConfig(
+            model=model_dir,
+            kv_tokens=kv_tokens,
+            longest_tokens=workload.longest_tokens,
+            cpu_tier_bytes=int(cpu_tier_gib * _GIB),
+            engine_threads=engine_threads,
+            on_cpu="cpu" in metadata.version("vllm"),
+        )
+        if set(chosen) != {Arm.PLAIN}:
+            _check_shared_memory(engine.cpu_tier_bytes)
+        with stop_on_sigterm(), DemoProgress(console, chosen, programs, workload.turns) as progress:
+            results = run_arms(DemoRun(workload, engine, chosen, logs), progress)
+    except KeyboardInterrupt:
+        console.print("stopped; all servers are down")
+        raise typer.Exit(130) from None
+    except (
+        ModelSetupError,
+        ServerError,
+        SupervisorError,
+        WorkError,
+        ValueError,
+        OSError,
+        httpx.HTTPError,
+    ) as error:
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    finally:
+        if work_dir is None:
+            shutil.rmtree(logs, ignore_errors=True)
+    _publish(console, workload, engine, results, json_file, html_file)
+
+
+def _publish(
+    console: Console,
+    workload: Workload,
+    engine: EngineConfig,
+    results: list[ArmResult],
+    json_file: Path | None,
+    html_file: Path | None,
+) -> None:
+    report = build_report(
+        _config_object(workload, engine), workload.digest(), len(workload.programs), results
+    )
+    print_summary(report, console)
+    if json_file is not None:
+        write_json(report, json_file)
+        console.print(f"figures: {json_file}", highlight=False, markup=False, soft_wrap=True)
+    if html_file is not None:
+        html_file.write_text(render_html(report), encoding="utf-8")
+        console.print(f"page: {html_file}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _parse_arms(text: str) -> tuple[Arm, ...]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = sorted(set(names) - {arm.value for arm in Arm})
+    if unknown or not names or len(set(names)) != len(names):
+        message = f"--arms {text!r}: give each of plain, stock, kvtier at most once"
+        raise ValueError(message)
+    return tuple(Arm(name) for name in names)
+
+
+def _check_writable(path: Path | None) -> None:
+    """Say before the run, not after it, that a result cannot be written."""
+    if path is not None and not os.access(path.parent, os.W_OK):
+        message = f"cannot write {path}: no such directory, or not writable"
+        raise OSError(message)
+
+
+def _check_shared_memory(need_bytes: int) -> None:
+    free_bytes = shm_free_bytes()
+    if free_bytes < need_bytes:
+        message = (
+            f"shared memory has {free_bytes // _MIB} MiB free, the CPU memory for KV needs "
+            f"{need_bytes // _MIB} MiB. Lower --cpu-tier-gib, or in Docker start the container "
+            "with --shm-size=2g or --ipc=host"
+        )
+        raise SupervisorError(message)
+
+
+def _build_workload(model_dir: Path, config: WorkloadConfig) -> Workload:
+    tokenizer = Tokenizer.from_str((model_dir / "tokenizer.json").read_text(encoding="utf-8"))
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return build_workload(config, encode, repo_tools.load_corpus())
+
+
+def _config_object(workload: Workload, engine: EngineConfig) -> dict[str, Any]:
+    """What was run, in JSON types."""
+    final_tokens = [program.final_tokens for program in workload.programs]
+    return asdict(workload.config) | {
+        "model": engine.model.name,
+        "kv_tokens": engine.blocks * BLOCK_TOKENS,
+        "block_tokens": BLOCK_TOKENS,
+        "chunk_tokens": CHUNK_TOKENS,
+        "cpu_tier_bytes": engine.cpu_tier_bytes,
+        "engine_threads": (
+            int(engine_environment(engine)["OMP_NUM_THREADS"]) if engine.on_cpu else None
+        ),
+        "max_model_tokens": engine.max_model_tokens,
+        "final_tokens": sum(final_tokens),
+        "longest_tokens": max(final_tokens),
+        "requests": workload.turns,
+        "source_text_digest": repo_tools.corpus_digest(repo_tools.load_corpus()),
+        "python": platform.python_version(),
+        "vllm": metadata.version("vllm"),
+        "lmcache": metadata.version("lmcache"),
+        "kvtier": __version__,
+        "cores": len(os.sched_getaffinity(0)),
+    }
