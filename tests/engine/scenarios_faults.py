@@ -1,0 +1,277 @@
+"""A small tier, and what happens when its server dies, hangs or comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvtier.server_files import ServerFiles
+from tests.engine.engine_harness import BLOCK_TOKENS, CHUNK_TOKENS, readable, tokens
+from tests.engine.tier_probe import WAIT_S, server_status
+
+if TYPE_CHECKING:
+    from tests.engine.engine_harness import Engine, Turn
+
+
+TIMEOUT_S = 1.0
+
+
+def ready(engine: Engine) -> str:
+    """Wait for the tier; its generation. A hung server is given up after one second."""
+    engine.await_tier()
+    tier = engine.half.tier
+    tier._config = dataclasses.replace(tier._config, timeout_s=TIMEOUT_S)
+    return str(engine.half.tier.region.generation)
+
+
+def _server_pid() -> int:
+    record = ServerFiles(Path(os.environ["KVTIER_RUN_DIR"]), "kvtier").read_record()
+    assert record is not None
+    assert record.server is not None
+    return record.server.pid
+
+
+def _kill_server() -> None:
+    os.kill(_server_pid(), signal.SIGKILL)
+
+
+def _generation(engine: Engine) -> str:
+    return str(engine.half.tier.region.generation)
+
+
+def _await_new_server(engine: Engine, old_generation: str) -> None:
+    """The guardian starts another server; the engine finds it without a restart."""
+    deadline_s = time.monotonic() + WAIT_S
+    while _generation(engine) == old_generation or str(engine.half.tier.state) != "ready":
+        assert time.monotonic() < deadline_s, engine.half.tier.state
+        engine.step()
+        engine.half._housekeep(time.monotonic())
+        time.sleep(0.01)
+
+
+def _turn(engine: Engine, name: str, n_tokens: int = 700) -> Turn:
+    turn = engine.turn(tokens(name, n_tokens), program=name)
+    engine.drain()
+    return turn
+
+
+def _n_staged(engine: Engine, name: str) -> int:
+    staged = engine.half.stager._staged.get(engine.handle(name))
+    return staged.n_chunks if staged is not None else 0
+
+
+def _works_again(engine: Engine, name: str) -> None:
+    """A program is staged and reloaded."""
+    first = _turn(engine, name)
+    assert _n_staged(engine, name) == 711 // BLOCK_TOKENS * BLOCK_TOKENS // CHUNK_TOKENS
+    engine.evict()
+    engine.set_policy(reload="always")
+    second = engine.turn(first.then(tokens(f"{name}-2", 50)), program=name)
+    assert second.cpu == readable(711)
+
+
+def full_of_equals(engine: Engine) -> None:
+    """L1 full of leased programs of the same value: the next one is refused, counted, and recomputed."""
+    engine.await_tier()
+    names = [f"equal{i}" for i in range(10)]
+    before = engine.failures().get("stage_l1_full", 0)
+    turns = {name: _turn(engine, name) for name in names}
+    assert engine.failures()["stage_l1_full"] - before > 0
+    refused = [name for name in names if _n_staged(engine, name) == 0]
+    assert refused
+    status = server_status(engine.half.tier._config.endpoint)
+    assert status.evicted_chunks == 0
+    engine.evict()
+    engine.set_policy(reload="always")
+    for name in (names[0], refused[0]):
+        again = engine.turn(turns[name].then(tokens(f"{name}-2", 50)), program=name)
+        assert (again.cpu > 0) == (name == names[0])
+
+
+def room_by_value(engine: Engine) -> None:
+    """L1 is full; something of more value comes: cheaper KV goes, and that program recomputes."""
+    engine.await_tier()
+    turns = {name: _turn(engine, name) for name in (f"cheap{i}" for i in range(8))}
+    before = server_status(engine.half.tier._config.endpoint).evicted_chunks
+    policy = engine.half.policy
+    model = policy.prefill.model()
+    policy.prefill.model = lambda: model.__class__(*(10 * c for c in model.coefficients))
+    try:
+        dear = _turn(engine, "dear", 1300)
+    finally:
+        del policy.prefill.model
+    assert server_status(engine.half.tier._config.endpoint).evicted_chunks > before
+    assert _n_staged(engine, "dear") == 1311 // BLOCK_TOKENS * BLOCK_TOKENS // CHUNK_TOKENS
+    engine.evict()
+    engine.set_policy(reload="always")
+    for name, first in turns.items():
+        engine.turn(first.then(tokens(f"{name}-2", 50)), program=name)
+    again = engine.turn(dear.then(tokens("dear2", 50)), program="dear")
+    assert again.cpu == readable(1311)
+
+
+def room_by_expired_lease(engine: Engine) -> None:
+    """KV whose lease has ended goes first, whatever it was worth."""
+    engine.await_tier()
+    tier = engine.half.tier
+    reserve = tier.reserve
+    tier.reserve = lambda *args: reserve(*args[:-1], 0.001)
+    try:
+        for i in range(8):
+            _turn(engine, f"expired{i}")
+    finally:
+        del tier.reserve
+    before = engine.failures().get("stage_l1_full", 0)
+    _turn(engine, "fresh")
+    assert engine.failures().get("stage_l1_full", 0) == before
+    assert _n_staged(engine, "fresh") > 0, engine.failures()
+
+
+def killed_before_store(engine: Engine) -> None:
+    engine.await_tier()
+    old = _generation(engine)
+    _kill_server()
+    first = _turn(engine, "k-before")
+    assert _n_staged(engine, "k-before") == 0
+    engine.evict()
+    second = engine.turn(first.then(tokens("k-before2", 50)), program="k-before")
+    assert second.cpu == 0
+    _await_new_server(engine, old)
+    _works_again(engine, "k-before-later")
+
+
+def killed_during_store(engine: Engine) -> None:
+    """The copy ends, but nobody is left to confirm it."""
+    engine.await_tier()
+    old = _generation(engine)
+    with engine.held_copies("store") as go:
+        first = engine.turn(tokens("k-store", 700), program="k-store")
+        engine.step_until(lambda: engine.half.stager._by_order, "store")
+        _kill_server()
+        go.set()
+        engine.drain()
+    assert _n_staged(engine, "k-store") == 0
+    engine.evict()
+    assert engine.turn(first.then(tokens("k-store2", 50)), program="k-store").cpu == 0
+    _await_new_server(engine, old)
+    _works_again(engine, "k-store-later")
+
+
+def killed_between(engine: Engine) -> None:
+    """Between store and load: everything staged is gone, and is known to be gone."""
+    engine.await_tier()
+    old = _generation(engine)
+    first = _turn(engine, "k-between")
+    assert _n_staged(engine, "k-between") > 0
+    engine.evict()
+    engine.set_policy(reload="always")
+    _kill_server()
+    second = engine.turn(first.then(tokens("k-between2", 50)), program="k-between")
+    assert second.cpu == 0
+    _await_new_server(engine, old)
+    assert _n_staged(engine, "k-between") == 0
+    third = engine.turn(second.then(tokens("k-between3", 50)), program="k-between")
+    engine.drain()
+    engine.evict()
+    fourth = engine.turn(third.then(tokens("k-between4", 50)), program="k-between")
+    assert fourth.cpu > 0
+
+
+def killed_during_load(engine: Engine) -> None:
+    """The server dies while the copy runs: the memory is still mapped, the copy ends well."""
+    engine.await_tier()
+    old = _generation(engine)
+    engine.set_policy(reload="always")
+    first = _turn(engine, "k-load")
+    engine.evict()
+    with engine.held_copies("load") as go:
+        request_id = engine.start(first.then(tokens("k-load2", 50)), program="k-load")
+        engine.step_until(lambda: engine.half.reader.n_loads == 1, "load")
+        _kill_server()
+        engine.step_until(lambda: str(engine.half.tier.state) == "away", "end of the server")
+        go.set()
+        assert engine.finish(request_id).cpu == readable(711)
+    _await_new_server(engine, old)
+    _works_again(engine, "k-load-later")
+
+
+def hung(engine: Engine) -> None:
+    """The server stops answering for longer than the time-out: requests go on without it."""
+    engine.await_tier()
+    engine.set_policy(reload="always")
+    first = _turn(engine, "hung")
+    engine.evict()
+    prompt = first.then(tokens("hung2", 50))
+    pid = _server_pid()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        begin_s = time.monotonic()
+        second = engine.turn(prompt, program="hung")
+        assert time.monotonic() - begin_s < WAIT_S / 2
+        assert second.cpu == 0
+        assert str(engine.half.tier.state) == "away"
+        # Away is away: nobody waits for it again.
+        engine.turn(second.then(tokens("hung3", 50)), program="hung")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    engine.await_tier()
+    engine.evict()
+    assert engine.turn(prompt, program="hung").cpu == readable(711)
+
+
+def hung_during_load(engine: Engine) -> None:
+    """The server hangs while a copy runs: the copy needs no server."""
+    engine.await_tier()
+    engine.set_policy(reload="always")
+    first = _turn(engine, "hung-load")
+    engine.evict()
+    pid = _server_pid()
+    with engine.held_copies("load") as go:
+        request_id = engine.start(first.then(tokens("hung-load2", 50)), program="hung-load")
+        engine.step_until(lambda: engine.half.reader.n_loads == 1, "load")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            go.set()
+            engine.finish(request_id)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    engine.await_tier()
+
+
+def step_longer_than_the_timeout(engine: Engine) -> None:
+    """The server is not blamed for an engine whose steps are long."""
+    engine.await_tier()
+    before = engine.failures().get("tier_lost", 0)
+    half = engine.half
+    on_worker = half.on_worker
+
+    def slowly(report: object) -> None:
+        time.sleep(1.5 * TIMEOUT_S)
+        on_worker(report)
+        # As the next step does, before the server can have answered.
+        half._housekeep(time.monotonic())
+
+    half.on_worker = slowly
+    try:
+        first = _turn(engine, "slow-step")
+    finally:
+        half.on_worker = on_worker
+    assert engine.failures().get("tier_lost", 0) == before
+    assert _n_staged(engine, "slow-step") > 0
+    engine.turn(first.then(tokens("slow-step2", 50)), program="slow-step")
+
+
+def gone_while_idle(engine: Engine) -> None:
+    """The server ends while nothing is asked of it: noticed without an operation that fails."""
+    engine.await_tier()
+    old = _generation(engine)
+    _kill_server()
+    deadline_s = time.monotonic() + WAIT_S
+    while str(engine.half.tier.state) == "ready":
+        assert time.monotonic() < deadline_s
+        engine.half._housekeep(time.monotonic())
+    _await_new_server(engine, old)

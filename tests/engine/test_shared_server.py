@@ -1,0 +1,76 @@
+"""Several engines on one server: they start together, die, come back, and never mix their KV."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvtier.supervisor import status
+from tests.engine.conftest import await_nothing_left
+from tests.engine.engine_child import processes_with
+from tests.engine.engine_harness import CHUNK_TOKENS, readable, tokens
+from tests.engine.tier_probe import await_clean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.engine.conftest import PlainVllm
+    from tests.engine.engine_child import EngineChild
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+SETTINGS = {"dram_gb": 0.25}
+READABLE = readable(711)
+
+
+def test_engines_share_a_server_and_nothing_else(
+    start_engine: Callable[..., EngineChild], run_dir: Path, plain: PlainVllm
+) -> None:
+    # Two engines of one model and different dtypes, started at the same moment.
+    first = start_engine("scenarios_shared", SETTINGS)
+    other = start_engine("scenarios_shared", SETTINGS, dtype="bfloat16")
+    for engine in (first, other):
+        engine.send("ready", settle=False)
+    generations = [engine.receive()["value"] for engine in (first, other)]
+    assert generations[0] == generations[1]
+    (summary,) = status(run_dir)
+    assert len(summary.lease_pids) == 2
+    server_pid = summary.server_pid
+    endpoint = f"ipc://{run_dir}/kvtier.kvtier.sock"
+
+    answer = first.call("stage", name="one", settle=False)
+    plain.check(answer["records"])
+    one = answer["value"]
+    assert one["chunks"] == READABLE // CHUNK_TOKENS
+    prompt = [*one["prompt"], *one["tokens"], *tokens("one2", 50)]
+    # Another dtype has other keys: 0 hits for the same prompt and program.
+    assert other.call("come_back", name="one", prompt=prompt, settle=False)["value"] == 0
+    two = other.call("stage", name="two", settle=False)["value"]
+    two_prompt = [*two["prompt"], *two["tokens"], *tokens("two2", 50)]
+    assert first.call("come_back", name="two", prompt=two_prompt, settle=False)["value"] == 0
+
+    # The first engine dies in the middle of a load; the other one is not disturbed.
+    assert first.call("lock_and_hang", name="one", prompt=prompt, settle=False)["value"] > 0
+    first.kill()
+    answer = other.call("come_back", name="two", prompt=two_prompt, settle=False)
+    assert answer["value"] == READABLE
+    # What the dead engine had locked is free again after the grace for its workers.
+    await_clean(endpoint)
+
+    # An engine that starts anew finds what the dead one had staged.
+    again = start_engine("scenarios_shared", SETTINGS)
+    assert again.call("ready", settle=False)["value"] == generations[0]
+    answer = again.call("come_back", name="one", prompt=prompt)
+    assert answer["value"] == READABLE
+    plain.check(answer["records"])
+
+    # One ends in good order, one is killed; the server follows after its grace.
+    (summary,) = status(run_dir)
+    assert summary.server_pid == server_pid
+    again.close()
+    assert other.call("come_back", name="two", prompt=two_prompt, settle=False)["value"] > 0
+    other.kill()
+    await_nothing_left(run_dir)
+    assert processes_with(str(run_dir)) == []

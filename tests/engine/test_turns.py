@@ -1,0 +1,85 @@
+"""Turns of programs give the tokens of plain vLLM, whatever kvtier does with their KV meanwhile."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.engine.conftest import PlainVllm
+    from tests.engine.engine_child import EngineChild
+
+pytestmark = pytest.mark.engine
+
+SCENARIOS = [
+    "pin_hit",
+    "without_a_pin_the_flood_evicts",
+    "reload_after_flood",
+    "reload_behind_gpu_blocks",
+    "reload_of_spoilt_bytes",
+    "superseded",
+    "branched",
+    "handed_over",
+    "parallel_turns",
+    "preempted",
+    "grows_into_pins",
+    "starts_at_once_on_pinned_memory",
+    "aborted_while_running",
+    "aborted_while_waiting",
+    "aborted_before_the_first_step",
+    "aborted_while_loading",
+    "cancelled_staging",
+    "waits_for_staging",
+    "failed_load",
+    "failed_load_behind_gpu_blocks",
+    "failed_store",
+    "tenants",
+    "adapters",
+    "pressure_of_many",
+]
+
+
+@pytest.fixture(scope="module")
+def switch_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("switch") / "mode"
+
+
+@pytest.fixture(scope="module")
+def engine(
+    start_engine: Callable[..., EngineChild],
+    switch_file: Path,
+    plain: PlainVllm,
+) -> EngineChild:
+    child = start_engine(
+        "scenarios_turns,scenarios_mishaps", {"dram_gb": 0.25, "switch_file": str(switch_file)}
+    )
+    child.call("ready")
+    return child
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_scenario(engine: EngineChild, plain: PlainVllm, scenario: str) -> None:
+    plain.check(engine.call(scenario)["records"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "chunks"), [("always", 0), ("first_k", 3), ("first_k", 1), ("never", 0)]
+)
+def test_staged_evicted_reloaded(
+    engine: EngineChild, plain: PlainVllm, mode: str, chunks: int
+) -> None:
+    plain.check(engine.call("reload", mode=mode, chunks=chunks)["records"])
+
+
+def test_bad_input_is_counted_and_harmless(engine: EngineChild, plain: PlainVllm) -> None:
+    answer: dict[str, Any] = engine.call("bad_input")
+    assert answer["value"]["uncounted"] == []
+    plain.check(answer["records"])
+
+
+def test_live_switch(engine: EngineChild, plain: PlainVllm, switch_file: Path) -> None:
+    plain.check(engine.call("switched_off", switch_file=str(switch_file))["records"])

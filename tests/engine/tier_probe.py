@@ -1,0 +1,45 @@
+"""Looks into the LMCache server from outside the engine."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import psutil
+import zmq
+
+from kvtier import wire
+
+WAIT_S = 60.0
+"""What should happen at once may take this long on a busy machine; a test fails after it."""
+
+
+def server_status(endpoint: str) -> wire.StatusReply:
+    """Ask the server for its counts."""
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    try:
+        socket.connect(endpoint)
+        pid = os.getpid()
+        hello = wire.Hello(1, wire.API_VERSION, "probe/0", pid, psutil.Process(pid).create_time())
+        for message in (hello, wire.Status(2)):
+            socket.send(wire.encoder.encode(message))
+            assert socket.poll(int(WAIT_S * 1000)), "the server does not answer"
+            reply = wire.reply_decoder.decode(socket.recv())
+        assert isinstance(reply, wire.StatusReply), reply
+        return reply
+    finally:
+        socket.close()
+        context.term()
+
+
+def await_clean(endpoint: str) -> wire.StatusReply:
+    """Wait until no chunk is locked and no reservation is open."""
+    deadline_s = time.monotonic() + WAIT_S
+    while True:
+        status = server_status(endpoint)
+        if not status.locked_chunks and not status.reservations:
+            return status
+        assert time.monotonic() < deadline_s, f"left over in the server: {status}"
+        time.sleep(0.1)
