@@ -192,6 +192,27 @@ class PinTable:
         """Pins by ascending regret per block, ties by the earlier deadline."""
         return sorted(self._pins.values(), key=lambda pin: (regret(pin), pin.deadline_s))
 
+    def to_end_for(self, block_ids: Sequence[int], order: Iterable[Pin]) -> list[Pin] | None:
+        """The leading pins of `order` whose end makes room in the budget for these blocks.
+
+        Returns:
+            No pins where there is room already; None where ending all of them is not enough.
+        """
+        mine = set(block_ids)
+        excess = self.pinned_blocks + self.new_blocks(mine) - self.budget_blocks
+        chosen: list[Pin] = []
+        left: dict[int, int] = {}
+        for pin in order:
+            if excess <= 0:
+                break
+            chosen.append(pin)
+            for block in pin.block_ids:
+                # Blocks that other pins share, or that would be pinned anew, stay.
+                left[block] = left.get(block, self._counts[block]) - 1
+                if not left[block] and block not in mine:
+                    excess -= 1
+        return chosen if excess <= 0 else None
+
     def hold(self, key: str, block_ids: Sequence[int]) -> None:
         """Keep blocks while a copy reads them.
 

@@ -59,6 +59,7 @@ class LMCacheBridge:
         self._socket: zmq.Socket[bytes] = self._open()
         self._next_id = _HELLO_ID + 1
         self._pending: dict[int, float] = {}
+        self._unstamped: list[int] = []
         self._events: list[TierEvent] = []
         self._hello_sent_s = float("-inf")
         self._now_s = now_s
@@ -73,8 +74,25 @@ class LMCacheBridge:
         socket.setsockopt(zmq.IMMEDIATE, 1)
         socket.setsockopt(zmq.RECONNECT_IVL, 100)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        # The end of a server shows at once, not when the next operation times out.
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         socket.connect(self._config.endpoint)
         return socket
+
+    def _close_socket(self) -> None:
+        self._socket.disable_monitor()
+        # Closed by nobody else, and an open one would make the context's end wait for ever.
+        self._monitor.close()
+        self._socket.close()
+
+    def _disconnected(self) -> bool:
+        lost = False
+        while True:
+            try:
+                self._monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return lost
+            lost = True
 
     @property
     def state(self) -> TierState:
@@ -140,6 +158,12 @@ class LMCacheBridge:
             except zmq.Again:
                 break
             self._receive(frame)
+        # An operation's time runs from the first poll after it was sent: the engine's step in between
+        # may have taken longer than the time-out.
+        self._pending.update((i, now_s) for i in self._unstamped if i in self._pending)
+        self._unstamped.clear()
+        if self._disconnected() and self._state is TierState.READY:
+            self._go_away("disconnected", "the server closed the connection")
         if self._pending and now_s - next(iter(self._pending.values())) > self._config.timeout_s:
             self._go_away("timeout", f"no answer for {self._config.timeout_s:g} s")
         if self._state is not TierState.READY and self._incompatible is None:
@@ -149,7 +173,7 @@ class LMCacheBridge:
 
     def close(self) -> None:
         """Leave. The server releases this engine's locks when the process is gone."""
-        self._socket.close()
+        self._close_socket()
         self._zmq.term()
 
     # -- internals ---------------------------------------------------------------------------------
@@ -166,11 +190,12 @@ class LMCacheBridge:
             self._socket.send(wire.encoder.encode(build(op_id)), zmq.NOBLOCK)
         except zmq.Again:
             if expect_event:
-                self._pending[op_id] = self._now_s
+                self._pending[op_id] = float("inf")
             self._go_away("unreachable", "the connection is gone")
             return op_id
         if expect_event:
-            self._pending[op_id] = self._now_s
+            self._pending[op_id] = float("inf")
+            self._unstamped.append(op_id)
         return op_id
 
     def _say_hello(self) -> None:
@@ -223,6 +248,10 @@ class LMCacheBridge:
     def _connected(self, reply: wire.HelloReply) -> None:
         if self._region is not None and self._region.generation != reply.generation:
             self._fail_pending("server_restarted", "the server was restarted")
+            if self._state is TierState.READY:
+                # What was staged is gone, though the connection was not noticed to be.
+                self._state = TierState.AWAY
+                self._events.append(StateChanged(self._state, "server_restarted"))
         self._region = Region(reply.shm_name, reply.pool_bytes, reply.generation)
         if self._state is not TierState.READY:
             self._state = TierState.READY
@@ -247,5 +276,5 @@ class LMCacheBridge:
             self._events.append(StateChanged(self._state, f"{reason}: {detail}"))
             # A new session: the server keeps what the old one holds until no copy can be using it.
             self._session += 1
-            self._socket.close()
+            self._close_socket()
             self._socket = self._open()

@@ -87,8 +87,9 @@ class Pauses:
         if chain is not None:
             staged = self._stager.staged_chunks(turn.program, chain) * self._facts.chunk_tokens
         expected_s = self._policy.gaps.curve(call.tool).quantile(0.5)
-        budget_left = self._pins.budget_blocks - self._pins.pinned_blocks
-        displaceable = self._displaceable(blocks, budget_left, now_s)
+        displaceable = self._pins.to_end_for(
+            blocks, self._pins.in_release_order(lambda pin: self._regret(pin, now_s))
+        )
         facts = PauseFacts(
             now_s=now_s,
             context_tokens=turn.request.num_tokens,
@@ -103,7 +104,7 @@ class Pauses:
             free_blocks=self._pool.n_free,
             total_blocks=self._pool.n_blocks,
             pinned_blocks=self._pins.pinned_blocks,
-            budget_left_blocks=budget_left + sum(len(p.block_ids) for p in displaceable),
+            budget_left_blocks=self._budget_left(blocks) if displaceable is None else len(blocks),
             waiting_requests=waiting[0],
             waiting_blocks=self._facts.blocks_of(waiting[1]),
             waiting_tokens=waiting[1],
@@ -114,7 +115,15 @@ class Pauses:
         decision = self._policy.decide_pause(facts)
         pin = decision.action == "pin" and hints.pin is not False and not aborted
         stage = decision.stage and chain is not None and not aborted
-        self._record(turn, call, decision, staged, pinned=pin, staged_now=stage)
+        # The log says what was done next to what was decided: in shadow mode, nothing.
+        self._record(
+            turn,
+            call,
+            decision,
+            staged,
+            pinned=pin and not shadow,
+            staged_now=stage and not shadow,
+        )
         if shadow:
             return None
         if stage and chain is not None:
@@ -125,7 +134,7 @@ class Pauses:
             data = self._pinned_turn(turn, call, len(keep), expected_s, decision)
             deadline_s = now_s + decision.ttl_s
             mine = Pin(turn.request_id, turn.program, tuple(keep), now_s, deadline_s, data)
-            if self._worth_displacing(mine, displaceable, now_s):
+            if displaceable and self._worth_displacing(mine, displaceable, now_s):
                 for other in displaceable:
                     self._release(other.key, ReleaseCause.BUDGET)
             if self._pins.pin(
@@ -157,21 +166,10 @@ class Pauses:
             miss_staged_s=terms.miss_staged_s if terms is not None else 0.0,
         )
 
-    def _displaceable(self, blocks: list[int], budget_left: int, now_s: float) -> list[Pin]:
-        """When the budget is short: the pins to end for this one, cheapest regret first.
-
-        Whether they are worth less is only known once this turn is priced: `_worth_displacing`.
-        """
-        short = self._pins.new_blocks(blocks) - budget_left
-        chosen: list[Pin] = []
-        if short <= 0:
-            return chosen
-        for pin in self._pins.in_release_order(lambda pin: self._regret(pin, now_s)):
-            chosen.append(pin)
-            short -= len(pin.block_ids)
-            if short <= 0:
-                return chosen
-        return []
+    def _budget_left(self, blocks: list[int]) -> int:
+        """How many of these blocks could be pinned: those that pins keep already cost nothing."""
+        left = self._pins.budget_blocks - self._pins.pinned_blocks
+        return left + len(blocks) - self._pins.new_blocks(blocks)
 
     def _worth_displacing(self, mine: Pin, displaced: list[Pin], now_s: float) -> bool:
         limit = self._regret(mine, now_s) / DISPLACE_MARGIN

@@ -105,13 +105,23 @@ class Returns:
         return taken
 
     def count_sources(self, turn: Turn, pinned_tokens: int, external_tokens: int) -> None:
-        """Where the prompt's tokens came from; the four add up to the prompt."""
+        """Where the prompt's tokens came from; the four add up to the prompt.
+
+        What is loaded counts when the load has ended: a failed one is recomputed.
+        """
         local, total = turn.local_tokens, int(turn.request.num_tokens)
         count = self._stats.count
         count("prompt_tokens", pinned_tokens, "gpu_pin")
         count("prompt_tokens", local - pinned_tokens, "gpu_cache")
-        count("prompt_tokens", external_tokens, "cpu")
         count("prompt_tokens", total - local - external_tokens, "recomputed")
+        turn.uncounted_load_tokens = external_tokens
+
+    def count_loaded(self, turn: Turn, *, ok: bool) -> None:
+        """The load of a request has ended; only its first one is for the prompt's sake."""
+        self._stats.count(
+            "prompt_tokens", turn.uncounted_load_tokens, "cpu" if ok else "recomputed"
+        )
+        turn.uncounted_load_tokens = 0
 
     def chain_of(self, turn: Turn, n_tokens: int) -> ChunkChain:
         """Chunk keys of the request's first `n_tokens` tokens, hashing only what is new."""

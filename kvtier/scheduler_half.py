@@ -215,7 +215,9 @@ class SchedulerHalf:
         )
         if hit is None:
             return None
-        return max(0, self.returns.reload_tokens(turn, hit) - local_tokens)
+        reload_tokens = self.returns.reload_tokens(turn, hit)
+        self.stats.sample("decision_seconds", self._clock() - now_s, "return")
+        return max(0, reload_tokens - local_tokens)
 
     def on_allocated(self, request: Any, block_ids: Sequence[int], external_tokens: int) -> None:
         """Steps 3-4: the request has blocks. Its program's old pin is handed over to it."""
@@ -305,7 +307,10 @@ class SchedulerHalf:
             running_requests=self._running_requests,
             load_backlog_tokens=self.reader.backlog_tokens,
         )
-        if self.pins.of_program(turn.program):
+        self.stats.sample("decision_seconds", self._clock() - now_s, "pause")
+        if self.tier.state is not TierState.READY and self.pins.of_program(turn.program):
+            # Without a tier a pinned pause takes memory that nobody else should count on. With one,
+            # the pin yields and comes back by a cheap reload: new programs need not wait for it.
             self.admission.on_kv_pinned(turn.program)
         return told
 
@@ -445,8 +450,11 @@ class SchedulerHalf:
         if done is None:
             return
         turn = self._turns.get(done.request_id)
-        if not done.ok and turn is not None:
-            turn.bypass_tier = True
+        if turn is not None:
+            self.returns.count_loaded(turn, ok=done.ok)
+        if not done.ok:
+            if turn is not None:
+                turn.bypass_tier = True
         elif done.predicted_s > 0:
             self.stats.sample("reload_prediction_ratio", result.seconds / done.predicted_s)
 
@@ -483,5 +491,7 @@ class SchedulerHalf:
         stats.gauge("pinned_bytes", self.pins.pinned_blocks * self.facts.block_bytes)
         stats.gauge("held_blocks", self.pins.held_blocks)
         stats.gauge("staging_jobs", self.stager.n_jobs)
+        waiting_tokens = sum(self._waiting_tokens.values())
+        stats.gauge("queue_delay_seconds", self.policy.queue_delay_s(waiting_tokens))
         stats.gauge("tier_ready", float(self.tier.state is TierState.READY))
         stats.gauge("mode", float(self._mode.mode.level))

@@ -154,7 +154,7 @@ class Guardian:
                 f"{spec.dram_bytes >> 20} MiB: choose a smaller size or enlarge it "
                 "(Docker: --shm-size)"
             )
-        if self._starts_s:
+        if self._started_s:
             self._record = replace(
                 self._record,
                 generation=self._record.generation + 1,

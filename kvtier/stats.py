@@ -67,6 +67,9 @@ METRICS: dict[str, Metric] = {
 
 SEPARATOR = "|"
 
+MAX_SAMPLES = 10_000
+"""Most samples of one histogram between two `take`s: an engine may run without anybody taking them."""
+
 
 class Stats:
     """Counts since the last `take`, and current gauges."""
@@ -88,8 +91,10 @@ class Stats:
         self._gauges[name] = value
 
     def sample(self, name: str, value: float, *labels: str) -> None:
-        """Add to a histogram."""
-        self._samples.setdefault(SEPARATOR.join((name, *labels)), []).append(value)
+        """Add to a histogram, up to `MAX_SAMPLES`."""
+        values = self._samples.setdefault(SEPARATOR.join((name, *labels)), [])
+        if len(values) < MAX_SAMPLES:
+            values.append(value)
 
     def take(self) -> dict[str, Any]:
         """What has come since the last call; empty when nothing has."""

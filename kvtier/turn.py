@@ -28,6 +28,7 @@ class Turn:
         return_choice: The last decision on its return, to tell when it changes.
         started: Whether it has been given blocks.
         counted: Whether its prompt tokens were counted by source.
+        uncounted_load_tokens: Prompt tokens whose source depends on how their load ends.
         bypass_tier: A load failed: recompute, do not ask again.
     """
 
@@ -44,6 +45,7 @@ class Turn:
     return_choice: object = None
     started: bool = False
     counted: bool = False
+    uncounted_load_tokens: int = 0
     bypass_tier: bool = False
 
     @property

@@ -64,6 +64,8 @@ class WorkerHalf:
         self._n_blocks = n_blocks
         self._pool: CpuPool | None = None
         self._generation: str | None = None
+        # Tried in vain: not again in every step, but for a new generation.
+        self._unmapped: Region | None = None
         self._loads: dict[str, Order] = {}
         self._results: list[OrderResult] = []
         self._loaded: set[str] = set()
@@ -90,8 +92,9 @@ class WorkerHalf:
 
     def submit(self, orders: StepOrders) -> None:
         """Start a step's copies, loads first."""
-        if orders.region is not None and orders.region.generation != self._generation:
-            self._attach(orders.region)
+        region = orders.region
+        if region not in (None, self._unmapped) and region.generation != self._generation:
+            self._attach(region)
         for order in (*orders.loads, *orders.stores):
             if order.direction == "load":
                 self._loads[str(order.order_id)] = order
@@ -147,6 +150,7 @@ class WorkerHalf:
         except (OSError, ValueError, RuntimeError):
             # Loads and stores into it fail one by one and are counted; the engine goes on.
             logger.exception("cannot map the CPU tier's shared memory %s", region.shm_name)
+            self._unmapped = region
             return
         self._generation = region.generation
 

@@ -12,10 +12,30 @@ from hashlib import blake2b
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from kvtier.engine_facts import EngineFacts
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 BLOCK_TOKENS = 4
+CHUNK_TOKENS = 8
+
+
+def engine_facts(*, ranks: int = 1, pin_budget_fraction: float = 1.0) -> EngineFacts:
+    """A slow model with a small KV cache: prefill is worth avoiding, the link is not felt."""
+    return EngineFacts(
+        owner="engine",
+        identity=(("model", "m"),),
+        block_tokens=BLOCK_TOKENS,
+        block_bytes=1000,
+        chunk_tokens=CHUNK_TOKENS,
+        ranks=ranks,
+        pin_budget_fraction=pin_budget_fraction,
+        n_parameters=10**13,
+        n_layers=10,
+        attention_width=1000,
+        on_cpu=False,
+    )
 
 
 @dataclass(slots=True, eq=False)

@@ -69,6 +69,11 @@ def test_equal_keys_mean_equal_prefixes(left: list[int], right: list[int]) -> No
         assert (a == b) == (left[:end] == right[:end])
 
 
+@given(tokens_st, st.integers(0, 8))
+def test_the_head_of_a_chain_is_a_chain(tokens: list[int], n_chunks: int) -> None:
+    assert chain_of(tokens).head(n_chunks) == chain_of(tokens[: n_chunks * CHUNK_TOKENS])
+
+
 def test_the_key_is_a_rolling_hash_of_the_tokens() -> None:
     """Stored KV outlives kvtier's process: the bytes of a key are a format."""
     tokens = list(range(2 * CHUNK_TOKENS))

@@ -142,6 +142,23 @@ def test_release_order_is_by_regret_then_deadline(pins: PinTable) -> None:
     assert [p.key for p in pins.in_release_order(lambda p: regret[p.key])] == ["c", "a", "b"]
 
 
+def test_what_must_end_for_a_new_pin(pins: PinTable) -> None:
+    pin(pins, "a", [0, 1, 2])
+    pin(pins, "b", [0, 1, 2, 3])
+    pin(pins, "c", [4, 5, 6])
+
+    def to_end(*blocks: int) -> list[str] | None:
+        chosen = pins.to_end_for(blocks, pins.pins())
+        return None if chosen is None else [p.key for p in chosen]
+
+    assert to_end(1, 5) == [], "kept already"
+    assert to_end(7) == ["a", "b"], "a shares all of its blocks: its end alone makes no room"
+    assert to_end(7, 8, 9, 10) == ["a", "b"]
+    assert to_end(7, 8, 9, 0, 1) == ["a", "b", "c"], "0 and 1 stay in use"
+    assert to_end(*range(10, 10 + BUDGET)) == ["a", "b", "c"]
+    assert to_end(*range(10, 11 + BUDGET)) is None
+
+
 def test_blocks_go_to_the_pool_in_sequence_order(pins: PinTable, pool: CountingPool) -> None:
     # The pool's adapter frees from the tail on; it needs to know which end is the tail.
     pin(pins, "a", [5, 3, 4])
@@ -183,6 +200,22 @@ class PinMachine(RuleBasedStateMachine):
         released = self.pins.unpin(key, ReleaseCause.HANDOFF)
         assert released is not None
         assert released.pin == self.pinned.pop(key)
+
+    @rule(blocks=blocks, data=st.data())
+    def displace(self, blocks: list[int], data: st.DataObject) -> None:
+        order = data.draw(st.permutations(sorted(self.pinned)))
+        chosen = self.pins.to_end_for(blocks, [self.pinned[key] for key in order])
+
+        def excess(n_ended: int) -> int:
+            kept = {b for key in order[n_ended:] for b in self.pinned[key].block_ids}
+            return len(kept | set(blocks)) - BUDGET
+
+        if chosen is None:
+            assert excess(len(order)) > 0
+            return
+        assert [pin.key for pin in chosen] == order[: len(chosen)]
+        assert excess(len(chosen)) <= 0
+        assert not chosen or excess(len(chosen) - 1) > 0, "one more than needed"
 
     @precondition(lambda self: self.pinned)
     @rule(data=st.data())

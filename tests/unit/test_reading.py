@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from kvtier.backend import StateChanged
-from kvtier.chunk_keys import ChunkChain
 from kvtier.orders import Order, OrderResult
 from kvtier.reading import LoadDone, TierReader
 from kvtier.staging import ORDER_DEADLINE_S, OrderIds
@@ -13,6 +14,9 @@ from kvtier.stats import Stats
 from tests.unit.fake_vllm import BLOCK_TOKENS
 from tests.unit.test_staging import CHUNK_BLOCKS, CHUNK_TOKENS, chunks
 from tests.unit.virtual_tier import VirtualTier
+
+if TYPE_CHECKING:
+    from kvtier.chunk_keys import ChunkChain
 
 BLOCKS = tuple(range(10, 30))
 

@@ -268,6 +268,15 @@ def test_a_prefix_shared_with_another_program_is_not_evicted_for_the_tail() -> N
     assert tier.hit("abxy") == 4
 
 
+def test_what_a_chain_would_use_again_is_not_evicted_for_it() -> None:
+    """Its prefix is there, though no program references it any more."""
+    tier = Tier(4)
+    tier.store("p", "ab", value_s=1e9)
+    tier.store("p", "cd", value_s=1e9)
+    assert tier.store("q", "abx") is None
+    assert tier.hit("ab") == 2
+
+
 def test_staging_anew_from_the_start_keeps_the_tail() -> None:
     """An engine that has forgotten what it staged goes through the same chain once more."""
     tier = Tier(4)

@@ -1,0 +1,228 @@
+"""Any order of arrivals, turns, aborts, failures and losses: nothing is lost, nothing is left.
+
+`MiniEngine` fails when a request computes on KV that is not its own, `FakePool` when a block is
+freed once too often, the fake L1 when a chunk is evicted while it is read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from kvtier.backend import TierState
+from kvtier.gpu_pin import ReleaseCause
+from kvtier.programs import ProgramLimits
+from tests.unit.fake_vllm import FakeRequest
+from tests.unit.mini_engine import MiniEngine
+from tests.unit.virtual_tier import VirtualTier
+
+PROGRAMS = ["a", "b", "c"]
+MAX_SHOCKS = 3
+"""Losses of the tier and weight updates in one run: with more, nothing is ever read back."""
+
+
+class SchedulerHalfMachine(RuleBasedStateMachine):
+    """A few programs on a small pool and a small tier."""
+
+    @initialize(
+        n_blocks=st.sampled_from([16, 30, 60]),
+        n_slots=st.sampled_from([4, 12, 100]),
+        ranks=st.sampled_from([1, 2]),
+        budget=st.sampled_from([0.3, 1.0]),
+    )
+    def start(self, n_blocks: int, n_slots: int, ranks: int, budget: float) -> None:
+        self.tier = VirtualTier(n_slots=n_slots, ranks=ranks)
+        self.engine = MiniEngine(
+            n_blocks=n_blocks,
+            tier=self.tier,
+            ranks=ranks,
+            limits=ProgramLimits(forget_after_s=2000.0),
+            pin_budget_fraction=budget,
+        )
+        self.max_tokens = (n_blocks - 2) * 4
+        self.texts: dict[str, list[int]] = {}
+        self.next_id = 0
+        self.failing = ""
+        self.shocks = 0
+        self.tier.fail = lambda what: "server_error" if self._fails(what) else None
+        self.engine.workers.ok = lambda order: not self._fails(order.direction)
+
+    def unfinished(self) -> list[str]:
+        return sorted(e.request.request_id for e in self.engine._entries())
+
+    @rule(
+        program=st.sampled_from(PROGRAMS),
+        n_new=st.integers(1, 24),
+        n_output=st.integers(1, 10),
+        fresh=st.sampled_from([False, False, True]),
+        n_steps=st.sampled_from([0, 0, 4, 12, 20]),
+        named=st.booleans(),
+        hints=st.sampled_from(
+            [None, None, {"end": True}, {"ttl_s": 0.1}, {"stage": False}, {"pin": False}]
+        ),
+    )
+    def turn(
+        self,
+        program: str,
+        n_new: int,
+        n_output: int,
+        fresh: bool,
+        n_steps: int,
+        named: bool,
+        hints: Any,
+    ) -> None:
+        """A program's next turn; `fresh` ones share no more than a system prompt."""
+        self.next_id += 1
+        start = 1000 * (1 + PROGRAMS.index(program))
+        before = [] if fresh else self.texts.get(program, [])
+        before = before or list(range(10))
+        tokens = [*before, *range(start + self.next_id, start + self.next_id + n_new)]
+        if len(tokens) + n_output > self.max_tokens:
+            tokens = [*range(10), start + self.next_id]
+        request = FakeRequest(
+            f"{program}{self.next_id}",
+            tokens,
+            n_output,
+            session_id=program if named else None,
+            kv_transfer_params={"kvtier": hints} if hints else None,
+        )
+        self.engine.add(request)
+        self.texts[program] = [*tokens, *(7 + i for i in range(n_output))]
+        for _ in range(n_steps):
+            self.engine.step()
+
+    @rule(n_steps=st.integers(1, 8))
+    def steps(self, n_steps: int) -> None:
+        for _ in range(n_steps):
+            self.engine.step()
+
+    @precondition(lambda self: self.unfinished())
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.engine.abort(data.draw(st.sampled_from(self.unfinished())))
+
+    @precondition(lambda self: self.engine.running)
+    @rule()
+    def preempt(self) -> None:
+        self.engine._preempt(self.engine.running[-1])
+
+    @rule(seconds=st.sampled_from([0.5, 8.0, 2500.0]))
+    def wait(self, seconds: float) -> None:
+        self.engine.now_s += seconds
+
+    @rule(polls=st.integers(0, 3), delay=st.integers(0, 3))
+    def slow_down(self, polls: int, delay: int) -> None:
+        self.tier.answer_after = polls
+        self.engine.workers.delay = delay
+
+    @rule(what=st.sampled_from(["load", "store", "lookup", "reserve", "commit"]))
+    def fail_next(self, what: str) -> None:
+        """The next such copy or operation fails, and no other."""
+        self.failing = what
+
+    def _fails(self, what: str) -> bool:
+        fails = what == self.failing
+        self.failing = "" if fails else self.failing
+        return fails
+
+    @precondition(lambda self: self.shocks < MAX_SHOCKS)
+    @rule(n_steps=st.integers(0, 4), restarted=st.booleans())
+    def lose_tier(self, n_steps: int, restarted: bool) -> None:
+        self.shocks += 1
+        self.tier.lose()
+        for _ in range(n_steps):
+            self.engine.step()
+        self.tier.come_back(restarted=restarted)
+
+    @rule()
+    def memory_is_used(self) -> None:
+        """Pins expire, and others use the memory: what is paused is in the tier or nowhere."""
+        self.engine.now_s += 700.0
+        self.engine.step()
+        blocks = self.engine.pool.take(self.engine.pool.get_num_free_blocks())
+        assert blocks is not None
+        self.engine.pool.free_blocks(blocks)
+
+    @rule()
+    def poll(self) -> None:
+        self.engine.half._poll(self.engine.now_s)
+
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        """Sleep, say: the weights stay, and so does what is in the tier."""
+        if not self.engine.running and not self.engine.loading:
+            self.engine.reset_prefix_cache()
+
+    @precondition(lambda self: self.shocks < MAX_SHOCKS)
+    @rule()
+    def new_weights(self) -> None:
+        self.shocks += 1
+        self.engine.update_weights()
+
+    @invariant()
+    def references_have_holders(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        named: dict[int, int] = {}
+        pins = self.engine.half.pins
+        entries = [*self.engine.waiting, *self.engine.running, *self.engine.loading.values()]
+        holders = [
+            *(entry.blocks for entry in entries),
+            *(pin.block_ids for pin in pins.pins()),
+            *pins._holds.values(),
+        ]
+        for blocks in holders:
+            for block in blocks:
+                named[block] = named.get(block, 0) + 1
+        assert self.engine.pool.references == named
+        assert pins.pinned_blocks <= pins.budget_blocks
+
+    @invariant()
+    def prompt_tokens_add_up(self) -> None:
+        if hasattr(self, "engine"):
+            totals = self.engine.stats.totals
+            assert all(n >= 0 for key, n in totals.items() if key.startswith("prompt_tokens"))
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        engine = self.engine
+        engine.run(max_steps=2000)
+        assert not self.unfinished(), "a request waits for ever"
+        assert self.tier.state is TierState.READY
+        for _ in range(10):
+            engine.step()
+        assert not engine.half.has_work()
+        engine.now_s += 700.0
+        engine.step()
+        assert engine.pool.references == {}, "a reference without a holder"
+        assert self.tier.leaks() == {}
+        assert self.tier.idle
+        assert engine.half.reader.n_loads == 0
+        assert not self.tier._started, "an operation without an event"
+        engine.now_s += 2500.0
+        engine.step()
+        engine.step()
+        half = engine.half
+        left = (half._turns, half._waiting_tokens, half.stager._staged, half.returns._chains)
+        assert not any(left), left
+        assert len(half.programs) == 0
+        assert half.pins.release_all(ReleaseCause.SHUTDOWN) == []
+
+
+TestSchedulerHalfMachine = SchedulerHalfMachine.TestCase
+TestSchedulerHalfMachine.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
