@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+MAX_COMPLAINTS = 64
+"""Different malformed hints that are logged; all are counted."""
+
+
 class WorkerReport(Protocol):
     """What workers send back after a step."""
 
@@ -96,6 +100,7 @@ class SchedulerHalf:
         self._epoch = 0
         self._running_requests = 0
         self._was_off = False
+        self._complaints: set[tuple[str, str]] = set()
         self.reader = TierReader(
             tier,
             stats,
@@ -152,7 +157,11 @@ class SchedulerHalf:
         hints, errors = parse_transfer_params(request.kv_transfer_params)
         for error in errors:
             self.stats.count("failures", 1, f"hint_{error.reason}")
-            logger.warning("kv_transfer_params.kvtier.%s ignored: %s", error.field, error.reason)
+            # Logged once each; a client that invents fields fills neither the log nor the memory.
+            complaint = (error.field, error.reason)
+            if complaint not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
+                self._complaints.add(complaint)
+                logger.warning("kv_transfer_params.kvtier.%s ignored: %s", *complaint)
         start = self.programs.turn_started(
             TurnRequest(
                 request_id=request.request_id,
