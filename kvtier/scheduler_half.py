@@ -302,7 +302,7 @@ class SchedulerHalf:
         if self._mode.mode is Mode.OFF or not reusable:
             return None
         chain = None
-        if turn.tierable:
+        if turn.tierable and self.tier.state is TierState.READY:
             chain = self.returns.chain_of(turn, len(reusable) * self.facts.block_tokens)
         told = self.pauses.decide(
             turn,
