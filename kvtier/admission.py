@@ -3,9 +3,12 @@
 vLLM asks its connector once per waiting request and step whether the request may be looked up; a
 "not now" defers it to the next step. This controller answers, before anything is looked up.
 
-Order. A request's rank is ``max(arrival of its program, its own arrival - aging_s)``: returning
-turns of older programs come first, and a request that has waited for ``aging_s`` is passed by
-nobody who arrives later. The rank never changes, so a heap keeps it and no step re-sorts.
+Order. Requests that have waited for longer than the *patience* come first, the longest waiting
+ahead; then the others by the arrival of their program. So older programs finish first, which makes
+the mean job completion time short, and yet nobody waits long for one token. The patience is the
+time that computing the contexts of all busy programs anew would take, at most ``aging_s``: about
+one round of an engine that keeps nothing. Aging by time alone would not do: where all wait for
+longer than that, the order becomes first come, first served, the worst for completion times.
 
 Working set. A program that is new is admitted only while the contexts of the busy programs, its own
 included, fit in the KV cache. A busy program is one that runs, or pauses for a short time, or whose
@@ -19,9 +22,8 @@ if nothing runs, the first in order of those that were asked for last time is le
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Generic, Literal, TypeVar
 
 from kvtier.working_set import WorkingSet
@@ -41,6 +43,10 @@ Reason = Literal[
     "no_free_blocks",
 ]
 _COMPACT_FROM: Final = 64
+_RETURNING, _NEW, _LINE = range(3)
+
+MIN_PATIENCE_S: Final = 1.0
+"""Below this, an order by program would only be noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +56,9 @@ class AdmissionConfig:
     Attributes:
         mode: "off" admits all; "program_fcfs" orders by program; "working_set" also holds new
             programs back until they fit.
-        aging_s: Waiting time after which a request is passed by no newcomer and a new program is
-            no longer held back for the working set's sake; 0 turns both off.
+        aging_s: The longest patience: waiting time after which a request comes before all that
+            have waited for less, and a new program is no longer held back for the working set's
+            sake; 0 turns both off.
         max_defer_s: Longest time from a request's first deferral to its admission.
         blocked_after_s: An admitted request that has not started for this long (there is no room
             for it) no longer holds others back.
@@ -88,6 +95,7 @@ class AdmissionView:
         total_blocks: All KV blocks.
         running_requests: Requests in the step before.
         pinned_blocks: KV blocks held by pins alone; they are released for a request in need.
+        round_s: Seconds that computing all busy programs' contexts anew would take; 0: unknown.
     """
 
     now_s: float
@@ -95,6 +103,7 @@ class AdmissionView:
     total_blocks: int
     running_requests: int
     pinned_blocks: int = 0
+    round_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,28 +114,18 @@ class AdmissionDecision:
     reason: Reason
 
 
-def rank_s(program_arrival_s: float, arrival_s: float, aging_s: float) -> float:
-    """Return the time by which a request is ordered: its program's arrival, but aged.
-
-    Static, yet it ages: a request with ``arrival_s = t`` ranks before every request that arrives
-    after ``t + aging_s``, whatever the program of the latter. 0 turns aging off.
-    """
-    if aging_s == 0:
-        return min(arrival_s, program_arrival_s)
-    return min(arrival_s, max(program_arrival_s, arrival_s - aging_s))
-
-
-# eq=False: compared by identity; the heap compares (rank, sequence).
+# eq=False: compared by identity; heaps compare keys, which end in a sequence number.
 @dataclass(slots=True, eq=False)
 class _Waiting(Generic[Key]):
     program: Key
     is_new_program: bool
     context_blocks: int
     since_s: float
-    rank: tuple[float, int]
+    order: tuple[float, int]
+    line: tuple[float, int]
     asked_scan: int
     asked: bool = False
-    in_heap: bool = False
+    in_heaps: set[int] = field(default_factory=set)
     gone: bool = False
     deferred_since_s: float | None = None
     admitted_since_s: float | None = None
@@ -145,8 +144,11 @@ class AdmissionController(Generic[Key]):
         self.config = config or AdmissionConfig()
         self._waiting: dict[str, _Waiting[Key]] = {}
         self._started: dict[str, Key] = {}
-        # Returning turns and turns of new programs: the latter may be unable to start.
-        self._heaps: tuple[list[_HeapItem[Key]], list[_HeapItem[Key]]] = ([], [])
+        # By program: returning turns, and turns of new programs, which may be unable to start. And
+        # all by waiting time.
+        self._heaps: tuple[list[_HeapItem[Key]], ...] = ([], [], [])
+        self._new_blocks = 0
+        self._new_requests = 0
         self._sequence = 0
         self._scan = 0
         self._scan_open = False
@@ -165,6 +167,21 @@ class AdmissionController(Generic[Key]):
     def working_set_blocks(self) -> int:
         """Blocks that the busy programs are expected to take."""
         return self._working_set.blocks
+
+    @property
+    def busy(self) -> tuple[int, int]:
+        """Programs that run, pause for a short time or wait to begin, and the blocks they take."""
+        n_programs = len(self._working_set) + self._new_requests
+        return n_programs, self._working_set.blocks + self._new_blocks
+
+    @property
+    def patience_s(self) -> float:
+        """Waiting time after which a request comes before all that have waited for less."""
+        if self.config.aging_s == 0:
+            return float("inf")
+        if self._view.round_s <= 0:
+            return self.config.aging_s
+        return min(self.config.aging_s, max(MIN_PATIENCE_S, self._view.round_s))
 
     def on_arrival(
         self,
@@ -195,10 +212,14 @@ class AdmissionController(Generic[Key]):
             is_new_program=not returning,
             context_blocks=context_blocks,
             since_s=now_s,
-            rank=(rank_s(program_arrival_s, now_s, self.config.aging_s), self._sequence),
+            order=(program_arrival_s, self._sequence),
+            line=(now_s, self._sequence),
             asked_scan=self._scan,
         )
         self._waiting[request_id] = entry
+        if entry.is_new_program:
+            self._new_blocks += context_blocks
+            self._new_requests += 1
         self._push(entry)
 
     def on_started(self, request_id: str) -> None:
@@ -242,11 +263,6 @@ class AdmissionController(Generic[Key]):
         self._running_since_view = 0
         self._working_set.expire(view.now_s)
 
-    def sort_key(self, request_id: str) -> tuple[float, int] | None:
-        """Return the key by which waiting requests are ordered, smallest first."""
-        entry = self._waiting.get(request_id)
-        return entry.rank if entry is not None else None
-
     def decide(self, request_id: str, needed_blocks: int, now_s: float) -> AdmissionDecision:
         """Decide whether a waiting request may start now.
 
@@ -272,20 +288,20 @@ class AdmissionController(Generic[Key]):
                 entry.admitted_since_s = now_s
         elif entry.deferred_since_s is None:
             entry.deferred_since_s = now_s
-        if not entry.in_heap and not self._is_blocked(entry, now_s):
+        if not self._is_blocked(entry, now_s):
             self._push(entry)
         return decision
 
     def _judge(self, entry: _Waiting[Key], needed_blocks: int, now_s: float) -> AdmissionDecision:
-        if entry.admitted_since_s is not None:
-            # Held back again, it might lose the place in the engine's queue that it was given.
-            return AdmissionDecision(admit=True, reason="retry")
         deferred = entry.deferred_since_s
         if deferred is not None and now_s - deferred >= self.config.max_defer_s:
             return AdmissionDecision(admit=True, reason="deferred_long_enough")
         idle = self._view.running_requests + self._running_since_view <= 0
+        # Also where it was admitted before, but there was no room: an older program has come since.
         if self._is_held_back(entry, now_s, idle=idle):
             return AdmissionDecision(admit=False, reason="older_waiting")
+        if entry.admitted_since_s is not None:
+            return AdmissionDecision(admit=True, reason="retry")
         if idle:
             return AdmissionDecision(admit=True, reason="nothing_running")
         if self._is_gated(entry, now_s):
@@ -302,9 +318,15 @@ class AdmissionController(Generic[Key]):
 
     def _is_held_back(self, entry: _Waiting[Key], now_s: float, *, idle: bool) -> bool:
         """Whether a request that comes first in order is itself able to start."""
-        for heap in self._heaps:
+        patience_s = self.patience_s
+        longest = self._first(_LINE, now_s, idle=idle)
+        if longest is not None and now_s - longest.since_s >= patience_s:
+            return longest.line < entry.line
+        if now_s - entry.since_s >= patience_s:
+            return False
+        for heap in (_RETURNING, _NEW):
             other = self._first(heap, now_s, idle=idle)
-            if other is None or other.rank >= entry.rank:
+            if other is None or other.order >= entry.order:
                 continue
             # New programs wait in line even behind one that does not fit: passed by every smaller
             # one, it would never fit.
@@ -313,16 +335,15 @@ class AdmissionController(Generic[Key]):
                 return True
         return False
 
-    def _first(
-        self, heap: list[_HeapItem[Key]], now_s: float, *, idle: bool
-    ) -> _Waiting[Key] | None:
+    def _first(self, heap: int, now_s: float, *, idle: bool) -> _Waiting[Key] | None:
         """Return the first request that may hold others back, parking those that may not."""
-        while heap:
-            entry = heap[0][1]
+        items = self._heaps[heap]
+        while items:
+            entry = items[0][1]
             if not entry.gone and self._competes(entry, now_s, idle=idle):
                 return entry
-            heapq.heappop(heap)
-            entry.in_heap = False
+            heapq.heappop(items)
+            entry.in_heaps.discard(heap)
         return None
 
     def _competes(self, entry: _Waiting[Key], now_s: float, *, idle: bool) -> bool:
@@ -343,7 +364,7 @@ class AdmissionController(Generic[Key]):
         return (
             self.config.mode == "working_set"
             and entry.is_new_program
-            and not 0 < self.config.aging_s <= now_s - entry.since_s
+            and now_s - entry.since_s < self.patience_s
         )
 
     def _is_blocked(self, entry: _Waiting[Key], now_s: float) -> bool:
@@ -351,36 +372,19 @@ class AdmissionController(Generic[Key]):
         return admitted is not None and now_s - admitted >= self.config.blocked_after_s
 
     def _push(self, entry: _Waiting[Key]) -> None:
-        entry.in_heap = True
-        heapq.heappush(self._heaps[entry.is_new_program], (entry.rank, entry))
+        for heap in (_NEW if entry.is_new_program else _RETURNING, _LINE):
+            if heap not in entry.in_heaps:
+                entry.in_heaps.add(heap)
+                key = entry.line if heap == _LINE else entry.order
+                heapq.heappush(self._heaps[heap], (key, entry))
 
     def _leave(self, entry: _Waiting[Key]) -> None:
-        """Take a request out of its heap: lazily, but the heap stays in proportion."""
+        """Take a request out of its heaps: lazily, but they stay in proportion."""
         entry.gone = True
-        heap = self._heaps[entry.is_new_program]
-        if len(heap) > _COMPACT_FROM + 2 * len(self._waiting):
-            heap[:] = [item for item in heap if not item[1].gone]
-            heapq.heapify(heap)
-
-
-class ProgramArrivals:
-    """When each program's first request arrived, for the ``max_programs`` last active ones.
-
-    For schedulers, which see requests come but not end. Times in seconds of any one clock.
-    """
-
-    def __init__(self, max_programs: int = 10_000) -> None:
-        self._max_programs = max_programs
-        self._first_s: OrderedDict[Hashable, float] = OrderedDict()
-
-    def __len__(self) -> int:
-        """Return the number of remembered programs."""
-        return len(self._first_s)
-
-    def first_arrival_s(self, program: Hashable, arrival_s: float) -> float:
-        """Return the program's first arrival; ``arrival_s`` if this is it."""
-        first_s = self._first_s.setdefault(program, arrival_s)
-        self._first_s.move_to_end(program)
-        if len(self._first_s) > self._max_programs:
-            self._first_s.popitem(last=False)
-        return first_s
+        if entry.is_new_program:
+            self._new_blocks -= entry.context_blocks
+            self._new_requests -= 1
+        for items in self._heaps:
+            if len(items) > _COMPACT_FROM + 2 * len(self._waiting):
+                items[:] = [item for item in items if not item[1].gone]
+                heapq.heapify(items)

@@ -171,8 +171,6 @@ def build_scheduler_half(
                 mode=settings.admission,
                 aging_s=settings.aging_s,
                 max_defer_s=settings.max_defer_s,
-                # With a CPU tier a pause gives its memory away at once and comes back cheaply.
-                long_pause_s=10.0 if tier.state is TierState.ABSENT else 0.0,
             )
         ),
         policy=policy,

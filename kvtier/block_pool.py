@@ -7,10 +7,22 @@ version number.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from kvtier.block_ids import as_block_ids
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from kvtier.block_ids import BlockIds
+
+_COUNTED_FREE_BLOCKS = 512
+_references_of = attrgetter("ref_cnt")
 
 
 class VllmBlockPool:
@@ -19,6 +31,8 @@ class VllmBlockPool:
     def __init__(self, pool: Any) -> None:
         self._pool = pool
         self._blocks = pool.blocks
+        # The same objects, to be picked by an array of ids.
+        self._by_id = np.array(pool.blocks, dtype=object)
 
     @property
     def n_blocks(self) -> int:
@@ -30,43 +44,65 @@ class VllmBlockPool:
         """Blocks that an allocation may take, cached ones included."""
         return int(self._pool.get_num_free_blocks())
 
-    def n_references(self, block_id: int) -> int:
-        """Holders of a block: running requests, and us."""
-        return int(self._blocks[block_id].ref_cnt)
+    def references(self, block_ids: BlockIds) -> NDArray[np.int32]:
+        """For each block, its holders: running requests, and us."""
+        blocks = self._by_id[block_ids].tolist()
+        return np.fromiter(map(_references_of, blocks), np.int32, len(blocks))
 
-    def pinnable(self, block_ids: Iterable[int]) -> list[int]:
-        """Those that a later request can hit: full, hashed blocks, not the null block."""
+    def pinnable(self, block_ids: Sequence[int], *, all_hashed: bool) -> BlockIds:
+        """The leading blocks that a later request can hit: full, hashed blocks, not the null block.
+
+        Args:
+            block_ids: A finished request's full and computed blocks, in token order.
+            all_hashed: vLLM hashes a request's blocks in order: if the last one is hashed, they all
+                are, and none but it is looked at. Not so after a failed load.
+        """
         blocks = self._blocks
-        return [b for b in block_ids if not blocks[b].is_null and blocks[b].block_hash is not None]
+        if not block_ids:
+            return as_block_ids(())
+        if all_hashed and _is_hashed(blocks[block_ids[-1]]):
+            return as_block_ids(block_ids)
+        for i, block_id in enumerate(block_ids):
+            if not _is_hashed(blocks[block_id]):
+                return as_block_ids(block_ids[:i])
+        return as_block_ids(block_ids)
 
-    def acquire(self, block_ids: Sequence[int]) -> None:
+    def acquire(self, block_ids: BlockIds) -> None:
         """Take a reference on each block."""
-        blocks = self._blocks
-        self._pool.touch([blocks[b] for b in block_ids])
+        self._pool.touch(self._by_id[block_ids].tolist())
 
-    def release(self, block_ids: Sequence[int]) -> None:
+    def release(self, block_ids: BlockIds) -> None:
         """Drop a reference on each block, given in sequence order; the tail is evicted first."""
-        blocks = self._blocks
-        self._pool.free_blocks([blocks[b] for b in reversed(block_ids)])
+        self._pool.free_blocks(self._by_id[block_ids[::-1]].tolist())
 
     def n_uncached_free(self, limit: int) -> int:
-        """Free blocks that hold nobody's KV, counted up to `limit` from the head of the free queue.
+        """Free blocks that hold nobody's KV, up to `limit`.
 
-        vLLM puts blocks without a hash at the head, so the count stops at the first hashed one.
+        vLLM puts blocks without a hash at the head of the free queue, so a count stops at the first
+        hashed one. Where there are many, the rest is estimated, which takes no walk: all blocks less
+        one for each cached hash. That is too many by those that running requests have not filled yet.
         """
         queue = self._pool.free_block_queue
         node = queue.fake_free_list_head.next_free_block
         tail = queue.fake_free_list_tail
+        most = min(limit, _COUNTED_FREE_BLOCKS)
         count = 0
-        while node is not None and node is not tail and count < limit and node.block_hash is None:
+        while node is not None and node is not tail and count < most and node.block_hash is None:
             count += 1
             node = node.next_free_block
-        return count
+        if count < most or count == limit:
+            return count
+        n_hashes = len(self._pool.cached_block_hash_to_block)
+        return max(count, min(limit, self.n_free, self.n_blocks - n_hashes))
+
+
+def _is_hashed(block: Any) -> bool:
+    return not block.is_null and block.block_hash is not None
 
 
 def wrap_allocation(
     manager: Any,
-    make_room: Callable[[Any, Callable[[], Any]], Any],
+    make_room: Callable[[Any, Callable[[], Any], Callable[[], int]], Any],
     before_reset: Callable[[], None],
 ) -> None:
     """Let pins yield exactly when an allocation would fail, and before a prefix-cache reset.
@@ -76,16 +112,18 @@ def wrap_allocation(
 
     Args:
         manager: vLLM's KVCacheManager.
-        make_room: Called with the request and a function that repeats the allocation when it returned
-            None; returns the final result.
+        make_room: Called with the request, a function that repeats the allocation, and one that tells
+            how many free blocks its last try wanted at least (0: not known), when the allocation
+            returned None; returns the final result.
         before_reset: Called before `reset_prefix_cache`, which refuses while blocks are referenced.
     """
     allocate, reset = manager.allocate_slots, manager.reset_prefix_cache
+    last_need = _record_needs(manager)
 
     def allocate_slots(request: Any, *args: Any, **kwargs: Any) -> Any:
         result = allocate(request, *args, **kwargs)
         if result is None:
-            result = make_room(request, lambda: allocate(request, *args, **kwargs))
+            result = make_room(request, lambda: allocate(request, *args, **kwargs), last_need)
         return result
 
     def reset_prefix_cache(*args: Any, **kwargs: Any) -> Any:
@@ -94,3 +132,20 @@ def wrap_allocation(
 
     manager.allocate_slots = allocate_slots
     manager.reset_prefix_cache = reset_prefix_cache
+
+
+def _record_needs(manager: Any) -> Callable[[], int]:
+    """Listen in on what the manager computes before it compares it with the free blocks."""
+    coordinator: Any = getattr(manager, "coordinator", None)
+    compute = getattr(coordinator, "get_num_blocks_to_allocate", None)
+    if compute is None:
+        return lambda: 0
+    needed = 0
+
+    def recorded(*args: Any, **kwargs: Any) -> int:
+        nonlocal needed
+        needed = int(compute(*args, **kwargs))
+        return needed
+
+    coordinator.get_num_blocks_to_allocate = recorded
+    return lambda: needed

@@ -66,6 +66,10 @@ class ChunkChain:
         keys = self.keys[: n_chunks * KEY_BYTES]
         return ChunkChain(self.seed, self.chunk_tokens, keys, self.marks[:n_chunks])
 
+    def common_chunks(self, other: ChunkChain) -> int:
+        """How many leading chunks both chains share."""
+        return _common_prefix(self.marks, other.marks, 1, len(other))
+
     def extended(
         self, tokens: Sequence[int], n_tokens: int, block_hashes: Sequence[bytes], block_tokens: int
     ) -> ChunkChain:

@@ -132,9 +132,11 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         wrap_allocation(manager, self._make_room, self._before_reset)
 
     @_guarded(None)
-    def _make_room(self, request: Any, retry: Callable[[], Any]) -> Any:
+    def _make_room(
+        self, request: Any, retry: Callable[[], Any], need_blocks: Callable[[], int]
+    ) -> Any:
         assert self.scheduler_half is not None
-        return self.scheduler_half.make_room(request, retry)
+        return self.scheduler_half.make_room(request, retry, need_blocks)
 
     @_guarded(None)
     def _before_reset(self) -> None:
@@ -160,10 +162,12 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """See `SchedulerHalf.on_allocated`."""
-        self._on_allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._on_allocated(request, lambda: blocks.get_block_ids()[0], num_external_tokens)
 
     @_guarded(None)
-    def _on_allocated(self, request: Any, block_ids: list[int], n_external: int) -> None:
+    def _on_allocated(
+        self, request: Any, block_ids: Callable[[], list[int]], n_external: int
+    ) -> None:
         assert self.scheduler_half is not None
         self.scheduler_half.on_allocated(request, block_ids, n_external)
 
@@ -318,7 +322,11 @@ def _step_facts(output: Any) -> Any:
 
     total = int(output.total_num_scheduled_tokens)
     scheduled: dict[str, int] = output.num_scheduled_tokens
-    facts = StepFacts(scheduled_tokens=total, running_requests=len(scheduled))
+    facts = StepFacts(
+        scheduled_tokens=total,
+        running_requests=len(scheduled),
+        preempted_requests=len(output.preempted_req_ids or ()),
+    )
     if not scheduled:
         return facts
     request_id, n_tokens = max(scheduled.items(), key=lambda item: item[1])

@@ -15,25 +15,32 @@ many pins share them) never exceed the budget.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
+from kvtier.block_ids import BlockCounts, BlockIds, as_block_ids
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+    from numpy.typing import NDArray
 
 
 class BlockReferences(Protocol):
     """The block pool, as pins see it."""
 
-    def acquire(self, block_ids: Sequence[int]) -> None:
+    def acquire(self, block_ids: BlockIds) -> None:
         """Take a reference on each block."""
 
-    def release(self, block_ids: Sequence[int]) -> None:
+    def release(self, block_ids: BlockIds) -> None:
         """Drop a reference on each block, the last to be evicted first."""
 
-    def n_references(self, block_id: int) -> int:
-        """All references on a block."""
+    def references(self, block_ids: BlockIds) -> NDArray[np.int32]:
+        """For each block, all references on it: running requests', and ours."""
 
 
 class ReleaseCause(StrEnum):
@@ -50,13 +57,14 @@ class ReleaseCause(StrEnum):
     SHUTDOWN = "shutdown"
 
 
-@dataclass(slots=True)
+# eq=False: pins are compared by identity, as they hold arrays.
+@dataclass(slots=True, eq=False)
 class Pin:
-    """One finished turn's blocks. `regret` is filled in by whoever orders releases."""
+    """One finished turn's blocks, in token order; `data` is its owner's."""
 
     key: str
     program: str
-    block_ids: tuple[int, ...]
+    block_ids: BlockIds
     pinned_s: float
     deadline_s: float
     data: object = None
@@ -83,13 +91,26 @@ class PinTable:
     budget_blocks: int
     _pins: dict[str, Pin] = field(default_factory=dict)
     _by_program: dict[str, dict[str, None]] = field(default_factory=dict)
-    _holds: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    _counts: dict[int, int] = field(default_factory=dict)
+    _holds: dict[str, BlockIds] = field(default_factory=dict)
+    _pinned: BlockCounts = field(default_factory=BlockCounts)
+    _held: BlockCounts = field(default_factory=BlockCounts)
+    _loose_blocks: int = 0
+    _next_deadline_s: float = math.inf
 
     @property
     def pinned_blocks(self) -> int:
         """Distinct blocks kept by pins."""
-        return len(self._counts)
+        return self._pinned.n_distinct
+
+    @property
+    def loose_blocks(self) -> int:
+        """Distinct blocks kept by pins and by no hold: the most that ending all pins can free."""
+        return self._loose_blocks
+
+    @property
+    def kept_blocks(self) -> int:
+        """Distinct blocks kept by pins or holds: the most that ending both can free."""
+        return self._loose_blocks + self._held.n_distinct
 
     @property
     def held_blocks(self) -> int:
@@ -110,15 +131,16 @@ class PinTable:
         """A program's pins, oldest first."""
         return [self._pins[key] for key in self._by_program.get(program, ())]
 
-    def new_blocks(self, block_ids: Iterable[int]) -> int:
+    def new_blocks(self, block_ids: Sequence[int] | BlockIds) -> int:
         """How many of these blocks no pin keeps yet: what a pin would add to the budget's use."""
-        return sum(1 for b in block_ids if b not in self._counts)
+        ids = as_block_ids(block_ids)
+        return len(ids) - int(np.count_nonzero(self._pinned.listed(ids)))
 
     def pin(
         self,
         key: str,
         program: str,
-        block_ids: Sequence[int],
+        block_ids: Sequence[int] | BlockIds,
         *,
         now_s: float,
         ttl_s: float,
@@ -135,14 +157,20 @@ class PinTable:
         if not ttl_s > 0:
             message = f"ttl_s must be positive, got {ttl_s}"
             raise ValueError(message)
-        if not block_ids or self.pinned_blocks + self.new_blocks(block_ids) > self.budget_blocks:
+        ids = as_block_ids(block_ids)
+        if not len(ids) or self.pinned_blocks + self.new_blocks(ids) > self.budget_blocks:
             return False
-        self.pool.acquire(block_ids)
-        for block in block_ids:
-            self._counts[block] = self._counts.get(block, 0) + 1
-        self._pins[key] = Pin(key, program, tuple(block_ids), now_s, now_s + ttl_s, data)
-        self._by_program.setdefault(program, {})[key] = None
+        self.repin(Pin(key, program, ids, now_s, now_s + ttl_s, data))
         return True
+
+    def repin(self, pin: Pin) -> None:
+        """Take a pin in; also one that was ended in this same scheduling call, to undo that."""
+        self.pool.acquire(pin.block_ids)
+        fresh = self._pinned.add(pin.block_ids)
+        self._loose_blocks += len(fresh) - int(np.count_nonzero(self._held.listed(fresh)))
+        self._pins[pin.key] = pin
+        self._by_program.setdefault(pin.program, {})[pin.key] = None
+        self._next_deadline_s = min(self._next_deadline_s, pin.deadline_s)
 
     def unpin(self, key: str, cause: ReleaseCause) -> Released | None:
         """End a pin; None when there is none (ending twice is harmless)."""
@@ -153,12 +181,8 @@ class PinTable:
         del keys[key]
         if not keys:
             del self._by_program[pin.program]
-        for block in pin.block_ids:
-            count = self._counts[block] - 1
-            if count:
-                self._counts[block] = count
-            else:
-                del self._counts[block]
+        gone = self._pinned.remove(pin.block_ids)
+        self._loose_blocks -= len(gone) - int(np.count_nonzero(self._held.listed(gone)))
         self.pool.release(pin.block_ids)
         return Released(pin, cause)
 
@@ -168,52 +192,60 @@ class PinTable:
         return [released for key in keys if (released := self.unpin(key, cause))]
 
     def expire(self, now_s: float) -> list[Released]:
-        """End the pins whose deadline has passed."""
+        """End the pins whose deadline has passed; free when none has."""
+        if now_s < self._next_deadline_s:
+            return []
         keys = [key for key, pin in self._pins.items() if pin.deadline_s <= now_s]
-        return [released for key in keys if (released := self.unpin(key, ReleaseCause.TTL))]
+        released = [released for key in keys if (released := self.unpin(key, ReleaseCause.TTL))]
+        self._next_deadline_s = min((p.deadline_s for p in self._pins.values()), default=math.inf)
+        return released
 
-    def repin(self, pin: Pin) -> None:
-        """Undo an `unpin` made in this same scheduling call: nothing was allocated in between."""
-        self.pool.acquire(pin.block_ids)
-        for block in pin.block_ids:
-            self._counts[block] = self._counts.get(block, 0) + 1
-        self._pins[pin.key] = pin
-        self._by_program.setdefault(pin.program, {})[pin.key] = None
+    def reclaimable_blocks(self) -> int:
+        """Blocks that would become free if all pins ended: those that nobody else references.
 
-    def reclaimable_blocks(self, keys: Iterable[str]) -> int:
-        """Blocks that would become free if these pins ended: those that nobody else references."""
-        counts: dict[int, int] = {}
-        for key in keys:
-            for block in self._pins[key].block_ids:
-                counts[block] = counts.get(block, 0) + 1
-        return sum(1 for block, n in counts.items() if self.pool.n_references(block) == n)
+        Exact, and walks the pinned blocks; `loose_blocks` is an upper bound that costs nothing.
+        """
+        pinned = self._pinned.all_listed()
+        ours = self._pinned.of(pinned)
+        return int(np.count_nonzero(self.pool.references(pinned) == ours))
+
+    def is_all_held(self, pin: Pin) -> bool:
+        """Whether ending this pin would free nothing now, as copies read all of its blocks."""
+        return bool(self._held.listed(pin.block_ids).all())
 
     def in_release_order(self, regret: Callable[[Pin], float]) -> list[Pin]:
         """Pins by ascending regret per block, ties by the earlier deadline."""
         return sorted(self._pins.values(), key=lambda pin: (regret(pin), pin.deadline_s))
 
-    def to_end_for(self, block_ids: Sequence[int], order: Iterable[Pin]) -> list[Pin] | None:
+    def to_end_for(
+        self, block_ids: Sequence[int] | BlockIds, order: Callable[[], Iterable[Pin]]
+    ) -> list[Pin] | None:
         """The leading pins of `order` whose end makes room in the budget for these blocks.
+
+        Args:
+            block_ids: What is to be pinned.
+            order: Called only where there is not room enough already.
 
         Returns:
             No pins where there is room already; None where ending all of them is not enough.
         """
-        mine = set(block_ids)
-        excess = self.pinned_blocks + self.new_blocks(mine) - self.budget_blocks
+        ids = as_block_ids(block_ids)
+        excess = self.pinned_blocks + self.new_blocks(ids) - self.budget_blocks
+        if excess <= 0:
+            return []
         chosen: list[Pin] = []
-        left: dict[int, int] = {}
-        for pin in order:
-            if excess <= 0:
-                break
+        left = self._pinned.copy()
+        # Blocks that would be pinned anew stay, as do those that other pins share.
+        left[ids] += 1
+        for pin in order():
             chosen.append(pin)
-            for block in pin.block_ids:
-                # Blocks that other pins share, or that would be pinned anew, stay.
-                left[block] = left.get(block, self._counts[block]) - 1
-                if not left[block] and block not in mine:
-                    excess -= 1
-        return chosen if excess <= 0 else None
+            left[pin.block_ids] -= 1
+            excess -= int(np.count_nonzero(left[pin.block_ids] == 0))
+            if excess <= 0:
+                return chosen
+        return None
 
-    def hold(self, key: str, block_ids: Sequence[int]) -> None:
+    def hold(self, key: str, block_ids: Sequence[int] | BlockIds) -> None:
         """Keep blocks while a copy reads them.
 
         Raises:
@@ -222,14 +254,18 @@ class PinTable:
         if key in self._holds:
             message = f"{key} holds blocks already"
             raise ValueError(message)
-        self.pool.acquire(block_ids)
-        self._holds[key] = tuple(block_ids)
+        ids = as_block_ids(block_ids)
+        self.pool.acquire(ids)
+        self._loose_blocks -= int(np.count_nonzero(self._pinned.listed(self._held.add(ids))))
+        self._holds[key] = ids
 
     def unhold(self, key: str) -> None:
         """The copy is over. Ending twice is harmless."""
-        blocks = self._holds.pop(key, None)
-        if blocks is not None:
-            self.pool.release(blocks)
+        ids = self._holds.pop(key, None)
+        if ids is None:
+            return
+        self._loose_blocks += int(np.count_nonzero(self._pinned.listed(self._held.remove(ids))))
+        self.pool.release(ids)
 
     def release_all(self, cause: ReleaseCause) -> list[Released]:
         """End every pin and every hold."""

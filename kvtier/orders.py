@@ -6,7 +6,7 @@ Plain picklable dataclasses: they cross a process boundary inside vLLM's connect
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from kvtier.backend import Region
@@ -98,3 +98,22 @@ def merge_results(results: list[OrderResult]) -> OrderResult:
         results[0].run_bytes,
         failed.error if failed else "",
     )
+
+
+class WorkerReport(Protocol):
+    """What workers send back after a step."""
+
+    results: list[OrderResult]
+    calibration: Calibration | None
+
+
+class OrderIds:
+    """Ids of copy orders, unique in an engine."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def take(self) -> int:
+        """A new id."""
+        self._last += 1
+        return self._last

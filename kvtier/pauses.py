@@ -12,6 +12,7 @@ from kvtier.turn import PinnedTurn, Turn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvtier.block_ids import BlockIds
     from kvtier.block_pool import VllmBlockPool
     from kvtier.chunk_keys import ChunkChain
     from kvtier.cost_model import Decision
@@ -41,7 +42,6 @@ class Pauses:
         stats: Stats,
         log: DecisionLog,
         release: Callable[[str, ReleaseCause], None],
-        regret: Callable[[Pin, float], float],
     ) -> None:
         self._facts = facts
         self._tier = tier
@@ -52,13 +52,19 @@ class Pauses:
         self._stats = stats
         self._log = log
         self._release = release
-        self._regret = regret
+
+    def regret_s_per_block(self, pin: Pin, now_s: float) -> float:
+        """Expected loss of ending a pin now; little where the tier has confirmed its KV."""
+        data = pin.data
+        confirmed = self._stager.confirmed_chunks(pin.program) * self._facts.chunk_tokens
+        staged = isinstance(data, PinnedTurn) and 0 < data.staged_tokens <= confirmed
+        return self._policy.regret_s_per_block(pin, now_s, staged=staged)
 
     def decide(
         self,
         turn: Turn,
         call: ToolCall,
-        blocks: list[int],
+        blocks: BlockIds,
         chain: ChunkChain | None,
         *,
         now_s: float,
@@ -88,7 +94,8 @@ class Pauses:
             staged = self._stager.staged_chunks(turn.program, chain) * self._facts.chunk_tokens
         expected_s = self._policy.gaps.curve(call.tool).quantile(0.5)
         displaceable = self._pins.to_end_for(
-            blocks, self._pins.in_release_order(lambda pin: self._regret(pin, now_s))
+            blocks,
+            lambda: self._pins.in_release_order(lambda pin: self.regret_s_per_block(pin, now_s)),
         )
         facts = PauseFacts(
             now_s=now_s,
@@ -133,7 +140,7 @@ class Pauses:
             keep = blocks[: self._facts.blocks_of(decision.keep_tokens)]
             data = self._pinned_turn(turn, call, len(keep), expected_s, decision)
             deadline_s = now_s + decision.ttl_s
-            mine = Pin(turn.request_id, turn.program, tuple(keep), now_s, deadline_s, data)
+            mine = Pin(turn.request_id, turn.program, keep, now_s, deadline_s, data)
             if displaceable and self._worth_displacing(mine, displaceable, now_s):
                 for other in displaceable:
                     self._release(other.key, ReleaseCause.BUDGET)
@@ -166,16 +173,16 @@ class Pauses:
             miss_staged_s=terms.miss_staged_s if terms is not None else 0.0,
         )
 
-    def _budget_left(self, blocks: list[int]) -> int:
+    def _budget_left(self, blocks: BlockIds) -> int:
         """How many of these blocks could be pinned: those that pins keep already cost nothing."""
         left = self._pins.budget_blocks - self._pins.pinned_blocks
         return left + len(blocks) - self._pins.new_blocks(blocks)
 
     def _worth_displacing(self, mine: Pin, displaced: list[Pin], now_s: float) -> bool:
-        limit = self._regret(mine, now_s) / DISPLACE_MARGIN
-        return all(self._regret(pin, now_s) < limit for pin in displaced)
+        limit = self.regret_s_per_block(mine, now_s) / DISPLACE_MARGIN
+        return all(self.regret_s_per_block(pin, now_s) < limit for pin in displaced)
 
-    def _stage(self, turn: Turn, decision: Decision, blocks: list[int], chain: ChunkChain) -> None:
+    def _stage(self, turn: Turn, decision: Decision, blocks: BlockIds, chain: ChunkChain) -> None:
         saved_s = 0.0
         if decision.terms is not None:
             saved_s = max(0.0, self._policy.prefill.model().seconds(0, decision.stage_tokens))
@@ -183,7 +190,7 @@ class Pauses:
             turn.request_id,
             turn.program,
             chain.head(decision.stage_tokens // self._facts.chunk_tokens),
-            tuple(blocks),
+            blocks,
             saved_s,
             self._policy.config.lease_s,
         )

@@ -182,6 +182,13 @@ class Policy:
         """Predicted wait behind `backlog_tokens`."""
         return self.queue.delay_s(backlog_tokens)
 
+    def recompute_s(self, n_programs: int, blocks: int) -> float:
+        """Seconds to compute the contexts of so many programs anew, each of the same length."""
+        if n_programs <= 0:
+            return 0.0
+        tokens = blocks * self.facts.block_tokens // n_programs
+        return n_programs * self.prefill.model().seconds(0, tokens)
+
     def decide_return(
         self, prompt_tokens: int, local_tokens: int, tier_tokens: int, backlog_tokens: int
     ) -> tuple[ReturnChoice, dict[str, Any]]:

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvtier.chunk_keys import ChunkChain
-    from kvtier.orders import OrderResult
-    from kvtier.staging import OrderIds
+    from kvtier.orders import OrderIds, OrderResult
     from kvtier.stats import Stats
 
 

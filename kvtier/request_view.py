@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kvtier.block_ids import BlockIds
     from kvtier.block_pool import VllmBlockPool
 
 STOP_TAIL_TOKENS = 64
@@ -38,20 +39,17 @@ def was_aborted(request: Any, decode: Callable[[Sequence[int]], str]) -> bool:
 
 
 def reusable_blocks(
-    request: Any, block_ids: Sequence[int], block_tokens: int, pool: VllmBlockPool
-) -> list[int]:
+    request: Any,
+    block_ids: Sequence[int],
+    block_tokens: int,
+    pool: VllmBlockPool,
+    *,
+    all_hashed: bool,
+) -> BlockIds:
     """The leading blocks of a finished request that a later prompt can hit (DESIGN D9).
 
-    Full, computed and hashed; the last sampled token has no KV.
+    Full, computed and hashed; the last sampled token has no KV. `all_hashed`: see
+    `VllmBlockPool.pinnable`.
     """
     full = max(0, min(request.num_tokens - 1, request.num_computed_tokens))
-    candidates = block_ids[: full // block_tokens]
-    pinnable = pool.pinnable(candidates)
-    if len(pinnable) == len(candidates):
-        return pinnable
-    n_leading = 0
-    for wanted, found in zip(candidates, pinnable, strict=False):
-        if wanted != found:
-            break
-        n_leading += 1
-    return pinnable[:n_leading]
+    return pool.pinnable(block_ids[: full // block_tokens], all_hashed=all_hashed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvtier.block_ids import as_block_ids, common_prefix
 from kvtier.chunk_keys import ChunkChain
 from kvtier.gpu_pin import PinTable, ReleaseCause
 from kvtier.turn import PinnedTurn, Turn
@@ -11,6 +12,7 @@ from kvtier.turn import PinnedTurn, Turn
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kvtier.block_ids import BlockIds
     from kvtier.decision_log import DecisionLog
     from kvtier.engine_facts import EngineFacts
     from kvtier.policy import Policy
@@ -87,14 +89,16 @@ class Returns:
             self._log.write("return", turn.program, turn.request_id, entry)
         return choice.reload_tokens
 
-    def hand_over(self, turn: Turn, block_ids: Sequence[int]) -> int:
+    def hand_over(self, turn: Turn, block_ids: Callable[[], Sequence[int]]) -> int:
         """End the pins that this request continues; returns how many prompt tokens came from them."""
         taken = 0
-        for pin in self._pins.of_program(turn.program):
+        pins = self._pins.of_program(turn.program)
+        mine = as_block_ids(block_ids() if pins else ())
+        for pin in pins:
             data = pin.data
-            if not isinstance(data, PinnedTurn) or not _continues(data, pin.block_ids, block_ids):
+            if not isinstance(data, PinnedTurn) or not _continues(data, pin.block_ids, mine):
                 continue
-            n_common = _common_prefix(pin.block_ids, block_ids)
+            n_common = common_prefix(pin.block_ids, mine)
             n_output = len(pin.block_ids) - data.prompt_blocks
             if n_output > 0:
                 reused = max(0, n_common - data.prompt_blocks)
@@ -140,19 +144,10 @@ class Returns:
         self._chains.pop(program, None)
 
 
-def _continues(pinned: PinnedTurn, pin_blocks: Sequence[int], blocks: Sequence[int]) -> bool:
+def _continues(pinned: PinnedTurn, pin_blocks: BlockIds, blocks: BlockIds) -> bool:
     """Whether a request holds the pinned turn's whole prompt.
 
     A sub-agent that shares no more than a system prompt does not.
     """
     last = max(1, pinned.prompt_blocks) - 1
-    return last < len(blocks) and blocks[last] == pin_blocks[last]
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    n_common = 0
-    for mine, theirs in zip(left, right, strict=False):
-        if mine != theirs:
-            break
-        n_common += 1
-    return n_common
+    return last < len(blocks) and bool(blocks[last] == pin_blocks[last])

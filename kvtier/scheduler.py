@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from kvtier.admission import AdmissionConfig, ProgramArrivals, rank_s
+from kvtier.admission import AdmissionConfig
+from kvtier.program_arrivals import ProgramArrivals, rank_s
 from kvtier.program_records import bounded_name
 from kvtier.request_params import parse_transfer_params
 

@@ -10,25 +10,24 @@ All methods are called from the scheduler's thread. A failure inside kvtier must
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from kvtier.admission import AdmissionView
-from kvtier.backend import StateChanged, TierBackend, TierState
-from kvtier.chunk_keys import chain_seed
+from kvtier.answers import Answers
+from kvtier.arrivals import Arrivals
+from kvtier.backend import TierBackend, TierState
+from kvtier.endings import Endings
+from kvtier.gauges import Gauges
 from kvtier.gpu_pin import PinTable, ReleaseCause
 from kvtier.live_mode import LiveMode, Mode
-from kvtier.orders import Calibration, OrderResult, StepOrders
+from kvtier.orders import OrderIds, StepOrders
 from kvtier.pauses import Pauses
-from kvtier.programs import ObservedGap, ProgramGone, TurnRequest, TurnResult
 from kvtier.reading import TierReader
-from kvtier.request_params import parse_transfer_params
-from kvtier.request_view import adapter_name, is_tierable, reusable_blocks, was_aborted
+from kvtier.request_view import reusable_blocks, was_aborted
 from kvtier.returns import Returns
 from kvtier.room import Room
-from kvtier.staging import OrderIds, Stager
-from kvtier.step_times import RankResults, StepTimes
-from kvtier.turn import PinnedTurn, Turn
+from kvtier.staging import Stager
+from kvtier.step_times import StepTimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -37,24 +36,12 @@ if TYPE_CHECKING:
     from kvtier.block_pool import VllmBlockPool
     from kvtier.decision_log import DecisionLog
     from kvtier.engine_facts import EngineFacts, StepFacts
-    from kvtier.gpu_pin import Pin, Released
+    from kvtier.orders import OrderResult, WorkerReport
     from kvtier.policy import Policy
     from kvtier.programs import ProgramTable
     from kvtier.stats import Stats
     from kvtier.tool_detection import ToolCallDetector
-
-logger = logging.getLogger(__name__)
-
-
-MAX_COMPLAINTS = 64
-"""Different malformed hints that are logged; all are counted."""
-
-
-class WorkerReport(Protocol):
-    """What workers send back after a step."""
-
-    results: list[OrderResult]
-    calibration: Calibration | None
+    from kvtier.turn import Turn
 
 
 class SchedulerHalf:
@@ -95,12 +82,10 @@ class SchedulerHalf:
         self._turns: dict[str, Turn] = {}
         self._order_ids = OrderIds()
         self._steps = StepTimes()
-        self._rank_results = RankResults(facts.ranks)
         self._waiting_tokens: dict[str, int] = {}
         self._epoch = 0
         self._running_requests = 0
         self._was_off = False
-        self._complaints: set[tuple[str, str]] = set()
         self.reader = TierReader(
             tier,
             stats,
@@ -123,7 +108,19 @@ class SchedulerHalf:
             chunk_blocks=self.facts.chunk_blocks,
             split_chunks=self._split_chunks,
             next_order_id=self._order_ids,
+            chunk_bytes=self.facts.slot_bytes,
         )
+        self.endings = Endings(
+            self.facts,
+            self.tier,
+            self.programs,
+            self.pins,
+            self.admission,
+            self.policy,
+            self.stats,
+            self._log,
+        )
+        self.arrivals = Arrivals(self.facts, self.programs, self.pins, self.policy, self.stats)
         self.pauses = Pauses(
             self.facts,
             self.tier,
@@ -133,8 +130,7 @@ class SchedulerHalf:
             self.policy,
             self.stats,
             self._log,
-            lambda key, cause: self._note_all(self.pins.unpin(key, cause)),
-            self._regret_s_per_block,
+            self.endings.unpin,
         )
         self.returns = Returns(
             self.facts,
@@ -144,9 +140,30 @@ class SchedulerHalf:
             self.policy,
             self.stats,
             self._log,
-            self._note_all,
+            self.endings.note,
         )
-        self.room = Room(pool, self.pins, self.stager, self._note_all)
+        self.room = Room(pool, self.pins, self.stager, self.endings.note)
+        self.endings.bind(self.stager, self.returns)
+        self._gauges = Gauges(
+            self.facts,
+            self.tier,
+            self.programs,
+            self.pins,
+            self.stager,
+            self.policy,
+            self._mode,
+            self.stats,
+        )
+        self.answers = Answers(
+            self.facts,
+            self.tier,
+            self.stager,
+            self.reader,
+            self.returns,
+            self.policy,
+            self.stats,
+            self._turns,
+        )
 
     # -- a request's life --------------------------------------------------------------------------
 
@@ -154,41 +171,12 @@ class SchedulerHalf:
         """Step 1: find the request's program, record the gap since its last turn."""
         now_s = self._clock()
         self._housekeep(now_s)
-        hints, errors = parse_transfer_params(request.kv_transfer_params)
-        for error in errors:
-            self.stats.count("failures", 1, f"hint_{error.reason}")
-            # Logged once each; a client that invents fields fills neither the log nor the memory.
-            complaint = (error.field, error.reason)
-            if complaint not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
-                self._complaints.add(complaint)
-                logger.warning("kv_transfer_params.kvtier.%s ignored: %s", *complaint)
-        start = self.programs.turn_started(
-            TurnRequest(
-                request_id=request.request_id,
-                session_id=getattr(request, "session_id", None),
-                program_hint=hints.program,
-                tenant=request.cache_salt,
-                block_hashes=request.block_hashes,
-                ends_program=hints.end,
-            ),
-            now_s,
-        )
-        program = self.facts.program_handle(start.program)
-        if start.gap is not None:
-            self._observe_gap(start.gap, program)
-        self._turns[request.request_id] = Turn(
-            request=request,
-            program=program,
-            hints=hints,
-            seed=chain_seed(adapter=adapter_name(request), tenant=request.cache_salt),
-            tierable=is_tierable(request),
-            arrived_s=now_s,
-            predicted_wait_s=self.policy.queue_delay_s(sum(self._waiting_tokens.values())),
-        )
+        turn, start = self.arrivals.take(request, now_s, sum(self._waiting_tokens.values()))
+        self._turns[request.request_id] = turn
         self._waiting_tokens[request.request_id] = request.num_tokens
         self.admission.on_arrival(
             request.request_id,
-            program,
+            turn.program,
             program_arrival_s=start.arrival_s,
             returning=start.turn_index > 0,
             context_blocks=self.facts.blocks_of(
@@ -207,6 +195,7 @@ class SchedulerHalf:
         verdict = self.admission.decide(request.request_id, need_blocks, now_s)
         if not verdict.admit:
             self.stats.count("deferrals", 1, str(verdict.reason))
+            self.reader.release(request.request_id)
             return None
         turn.local_tokens = local_tokens
         readable = self.returns.readable_tokens(turn)
@@ -220,7 +209,7 @@ class SchedulerHalf:
             self.reader.release(request.request_id)
             return 0
         hit = self.returns.hit_tokens(
-            turn, readable, lambda: self._poll(now_s, self._lookup_wait_s)
+            turn, readable, lambda: self.answers.poll(now_s, self._lookup_wait_s)
         )
         if hit is None:
             return None
@@ -228,19 +217,25 @@ class SchedulerHalf:
         self.stats.sample("decision_seconds", self._clock() - now_s, "return")
         return max(0, reload_tokens - local_tokens)
 
-    def on_allocated(self, request: Any, block_ids: Sequence[int], external_tokens: int) -> None:
-        """Steps 3-4: the request has blocks. Its program's old pin is handed over to it."""
+    def on_allocated(
+        self, request: Any, block_ids: Callable[[], Sequence[int]], external_tokens: int
+    ) -> None:
+        """Steps 3-4: the request has blocks. Its program's old pin is handed over to it.
+
+        Args:
+            request: vLLM's request.
+            block_ids: Returns its blocks; called only where they matter, as listing them takes time.
+            external_tokens: Prompt tokens to load.
+        """
         turn = self._turns.get(request.request_id)
-        if turn is None:
+        if turn is None or self.reader.loading(request.request_id):
             return
         now_s = self._clock()
-        if self.reader.loading(request.request_id):
-            return
         pinned_tokens = self.returns.hand_over(turn, block_ids)
         if external_tokens > 0:
             self.reader.load(
                 request.request_id,
-                block_ids,
+                block_ids(),
                 turn.local_tokens,
                 external_tokens,
                 now_s=now_s,
@@ -263,43 +258,28 @@ class SchedulerHalf:
         self.reader.release(request.request_id)
         self._waiting_tokens.pop(request.request_id, None)
         self.room.forget(request.request_id)
+        self.room.given_back()
         turn = self._turns.pop(request.request_id, None)
         if turn is None:
             return None
         now_s = self._clock()
-        reusable = reusable_blocks(request, block_ids, self.facts.block_tokens, self.pool)
+        reusable = reusable_blocks(
+            request,
+            block_ids,
+            self.facts.block_tokens,
+            self.pool,
+            all_hashed=not turn.bypass_tier,
+        )
         aborted = was_aborted(request, self._decode)
         if aborted and not turn.started:
-            gone = self.programs.turn_aborted(request.request_id, now_s)
-            self.admission.on_finished(request.request_id)
-            if gone is not None:
-                self._program_gone(gone)
+            self.endings.turn_aborted(request.request_id, now_s)
             return None
         call = self._detector.detect(
             request.output_token_ids, hint=turn.hints.tool, complete=not aborted
         )
-        end = self.programs.turn_finished(
-            TurnResult(
-                request_id=request.request_id,
-                tool=call.tool,
-                is_tool_call=call.kind == "tool",
-                context_tokens=request.num_tokens,
-                service_tokens=request.num_tokens - turn.local_tokens,
-                block_hashes=request.block_hashes,
-                reusable_blocks=min(len(reusable), len(request.block_hashes)),
-            ),
-            now_s,
-        )
-        self.admission.on_finished(request.request_id)
-        if end is not None:
-            for key in end.superseded:
-                self._note_all(self.pins.unpin(key, ReleaseCause.SUPERSEDED))
-            for gap in end.gaps:
-                self.policy.observe_censored(gap.tool, gap.waited_s)
-            if end.ended:
-                self._end_program(turn.program)
-                return None
-        if self._mode.mode is Mode.OFF or not reusable:
+        if self.endings.turn_finished(turn, call, len(reusable), now_s):
+            return None
+        if self._mode.mode is Mode.OFF or not len(reusable):
             return None
         chain = None
         if turn.tierable and self.tier.state is TierState.READY:
@@ -325,7 +305,9 @@ class SchedulerHalf:
 
     # -- memory ------------------------------------------------------------------------------------
 
-    def make_room(self, request: Any, retry: Callable[[], Any]) -> Any:
+    def make_room(
+        self, request: Any, retry: Callable[[], Any], need_blocks: Callable[[], int] = lambda: 0
+    ) -> Any:
         """Step 3: an allocation failed; see `Room.make`."""
         now_s = self._clock()
         turn = self._turns.get(request.request_id)
@@ -333,13 +315,15 @@ class SchedulerHalf:
             request,
             retry,
             own_program=turn.program if turn is not None else None,
-            regret_s_per_block=lambda pin: self._regret_s_per_block(pin, now_s),
+            regret_s_per_block=lambda pin: self.pauses.regret_s_per_block(pin, now_s),
+            now_s=now_s,
+            need_blocks=need_blocks,
         )
 
     def before_reset(self) -> None:
         """The prefix cache is about to be reset (sleep, pause, new weights): hold nothing."""
         self.stager.cancel_all()
-        self._note_all(*self.pins.release_all(ReleaseCause.RESET))
+        self.endings.note(*self.pins.release_all(ReleaseCause.RESET))
 
     def reset_tier(self) -> None:
         """The weights may have changed: KV from before must not be read again. A new epoch."""
@@ -357,10 +341,10 @@ class SchedulerHalf:
         now_s = self._clock()
         self._running_requests = step.running_requests
         self._steps.scheduled(step, now_s)
+        if step.preempted_requests:
+            self.room.given_back()
         self._housekeep(now_s)
-        orders = StepOrders(region=self.tier.region)
-        orders.loads = self.reader.take_orders()
-        orders.stores = self.stager.advance(now_s)
+        loads, stores = self.reader.take_orders(), self.stager.advance(now_s)
         self.admission.begin_step(
             AdmissionView(
                 now_s=now_s,
@@ -368,22 +352,21 @@ class SchedulerHalf:
                 total_blocks=self.pool.n_blocks,
                 running_requests=step.running_requests + self.reader.n_loads,
                 pinned_blocks=self.pins.pinned_blocks,
+                round_s=self.policy.recompute_s(*self.admission.busy),
             )
         )
-        self._set_gauges()
-        return orders
+        self._gauges.set(sum(self._waiting_tokens.values()))
+        return StepOrders(region=self.tier.region, loads=loads, stores=stores)
 
     def on_results(self, results: Iterable[OrderResult]) -> None:
         """Workers' results; an order counts when all ranks have reported it."""
-        now_s = self._clock()
-        ended = self._steps.ended(now_s)
+        ended = self._steps.ended(self._clock())
         if ended is not None:
             self.policy.observe_step(*ended)
-        for result in self._rank_results.complete(results):
-            self._complete(result)
+        self.answers.results(results)
 
     def on_worker(self, meta: WorkerReport) -> None:
-        """A step's report of the workers: results, and once what they measured at start."""
+        """Workers' results, and once what they measured at start."""
         if meta.calibration is not None:
             self.policy.seed_from(meta.calibration)
         self.on_results(meta.results)
@@ -405,102 +388,12 @@ class SchedulerHalf:
     # -- internals ---------------------------------------------------------------------------------
 
     def _housekeep(self, now_s: float) -> None:
-        self._poll(now_s)
+        self.answers.poll(now_s)
         mode = self._mode.refresh(now_s)
         if mode is Mode.OFF and not self._was_off:
             self.stager.cancel_all()
-            self._note_all(*self.pins.release_all(ReleaseCause.OFF))
+            self.endings.note(*self.pins.release_all(ReleaseCause.OFF))
         self._was_off = mode is Mode.OFF
-        self._note_all(*self.pins.expire(now_s))
+        self.endings.note(*self.pins.expire(now_s))
         for gone in self.programs.forget(now_s):
-            self._program_gone(gone)
-
-    def _regret_s_per_block(self, pin: Pin, now_s: float) -> float:
-        data = pin.data
-        confirmed = self.stager.confirmed_chunks(pin.program) * self.facts.chunk_tokens
-        staged = isinstance(data, PinnedTurn) and 0 < data.staged_tokens <= confirmed
-        return self.policy.regret_s_per_block(pin, now_s, staged=staged)
-
-    def _poll(self, now_s: float, wait_s: float = 0.0) -> None:
-        for event in self.tier.poll(now_s, wait_s):
-            if isinstance(event, StateChanged):
-                self._tier_changed(event)
-            elif not self.stager.on_event(event, now_s):
-                self.reader.on_event(event)
-
-    def _tier_changed(self, event: StateChanged) -> None:
-        if event.state is TierState.READY:
-            logger.info("CPU tier ready: %s", event.detail)
-        else:
-            logger.warning("CPU tier away, pinning only: %s", event.detail)
-            self.stats.count("failures", 1, "tier_lost")
-            self.reader.tier_lost()
-        self.stager.forget_all()
-
-    def _observe_gap(self, gap: ObservedGap, program: str) -> None:
-        self.stats.sample("gap_seconds", gap.gap_s)
-        self.policy.observe_gap(gap.tool, gap.gap_s)
-        for pin in self.pins.of_program(program):
-            data = pin.data
-            if pin.key != gap.ended_request_id or not isinstance(data, PinnedTurn):
-                continue
-            if data.predicted_gap_s > 0:
-                self.stats.sample("gap_prediction_ratio", gap.gap_s / data.predicted_gap_s)
-
-    def _complete(self, result: OrderResult) -> None:
-        if result.ok and result.seconds > 0 and result.n_bytes > 0:
-            self.policy.observe_copy(result)
-            self.stats.sample("copy_seconds", result.seconds, result.direction)
-            name = "staged_bytes" if result.direction == "store" else "loaded_bytes"
-            self.stats.count(name, result.n_bytes)
-        if self.stager.on_result(result):
-            return
-        done = self.reader.on_result(result)
-        if done is None:
-            return
-        turn = self._turns.get(done.request_id)
-        if turn is not None:
-            self.returns.count_loaded(turn, ok=done.ok)
-        if not done.ok:
-            if turn is not None:
-                turn.bypass_tier = True
-        elif done.predicted_s > 0:
-            self.stats.sample("reload_prediction_ratio", result.seconds / done.predicted_s)
-
-    def _end_program(self, program: str) -> None:
-        self._note_all(*self.pins.unpin_program(program, ReleaseCause.ENDED))
-        if self.tier.state is TierState.READY:
-            self.tier.drop(self.stager.namespace, program)
-        self._forget_program(program)
-
-    def _program_gone(self, gone: ProgramGone) -> None:
-        for gap in gone.gaps:
-            self.policy.observe_censored(gap.tool, gap.waited_s)
-        self._forget_program(self.facts.program_handle(gone.program))
-
-    def _forget_program(self, program: str) -> None:
-        self.admission.on_program_ended(program)
-        self._note_all(*self.pins.unpin_program(program, ReleaseCause.ENDED))
-        self.returns.forget(program)
-        self.stager.forget(program)
-
-    def _note_all(self, *released: Released | None) -> None:
-        for item in released:
-            if item is not None:
-                self.stats.count("pin_releases", 1, item.cause)
-                entry = {"cause": str(item.cause), "blocks": len(item.pin.block_ids)}
-                self._log.write("release", item.pin.program, item.pin.key, entry)
-                if not self.pins.of_program(item.pin.program):
-                    self.admission.on_kv_released(item.pin.program)
-
-    def _set_gauges(self) -> None:
-        stats = self.stats
-        stats.gauge("programs", len(self.programs))
-        stats.gauge("pinned_blocks", self.pins.pinned_blocks)
-        stats.gauge("pinned_bytes", self.pins.pinned_blocks * self.facts.block_bytes)
-        stats.gauge("held_blocks", self.pins.held_blocks)
-        stats.gauge("staging_jobs", self.stager.n_jobs)
-        waiting_tokens = sum(self._waiting_tokens.values())
-        stats.gauge("queue_delay_seconds", self.policy.queue_delay_s(waiting_tokens))
-        stats.gauge("tier_ready", float(self.tier.state is TierState.READY))
-        stats.gauge("mode", float(self._mode.mode.level))
+            self.endings.program_gone(gone)

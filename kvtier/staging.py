@@ -13,7 +13,6 @@ reservation is discarded.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtier.backend import (
@@ -24,54 +23,32 @@ from kvtier.backend import (
     TierBackend,
     TierState,
 )
+from kvtier.block_ids import as_block_ids
 from kvtier.orders import Order
+from kvtier.stage_jobs import Split, Staged, StageJob
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvtier.block_ids import BlockIds
     from kvtier.chunk_keys import ChunkChain
     from kvtier.gpu_pin import PinTable
-    from kvtier.orders import OrderResult
+    from kvtier.orders import OrderIds, OrderResult
     from kvtier.stats import Stats
 
 ORDER_DEADLINE_S = 10.0
 """A copy order older than this must not touch memory: the server keeps slots 15 s for a lost engine."""
 
-MAX_SPLITS_IN_FLIGHT = 2
+MIN_SPLITS_IN_FLIGHT = 2
+IN_FLIGHT_BYTES = 256 << 20
+"""Copies that are ordered ahead: some milliseconds of a fast link, so that it never waits for a step."""
 
+TIER_FULL = "l1_full"
+"""The tier's reason where it would have to drop something of more value."""
 
-@dataclass(slots=True)
-class _Split:
-    start: int
-    end: int
-    reserve_id: int
-    attempt: int
-
-
-@dataclass(slots=True)
-class StageJob:
-    """One finished turn on its way to the CPU tier.
-
-    `void`: what it has stored is of no use any more, whatever a late commit says. `attempt` counts
-    restarts after a hole was found in what the tier held before.
-    """
-
-    key: str
-    program: str
-    chain: ChunkChain
-    block_ids: tuple[int, ...]
-    value_s: float
-    lease_s: float
-    next_chunk: int
-    cancelled: bool = False
-    void: bool = False
-    attempt: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """A program's confirmed KV in the tier: the first `n_chunks` chunks of `chain`."""
-
-    chain: ChunkChain
-    n_chunks: int
+STALL_S = 0.25
+"""Staging without progress for so long gives its blocks to a request that waits for them. A healthy tier
+answers within milliseconds, and a split is copied within tens of them."""
 
 
 class Stager:
@@ -87,6 +64,7 @@ class Stager:
         chunk_blocks: int,
         split_chunks: int,
         next_order_id: OrderIds,
+        chunk_bytes: int = 0,
     ) -> None:
         self._tier = tier
         self._pins = pins
@@ -94,13 +72,20 @@ class Stager:
         self.namespace = namespace
         self._chunk_blocks = chunk_blocks
         self._split_chunks = split_chunks
+        split_bytes = max(1, split_chunks * chunk_bytes)
+        self._max_in_flight = max(MIN_SPLITS_IN_FLIGHT, IN_FLIGHT_BYTES // split_bytes)
+        if not chunk_bytes:
+            self._max_in_flight = MIN_SPLITS_IN_FLIGHT
         self._order_ids = next_order_id
         self._jobs: OrderedDict[str, StageJob] = OrderedDict()
-        self._by_reserve: dict[int, tuple[StageJob, _Split]] = {}
-        self._by_order: dict[int, tuple[StageJob, _Split]] = {}
-        self._by_commit: dict[int, tuple[StageJob, _Split, bool]] = {}
+        self._by_reserve: dict[int, Split] = {}
+        self._by_order: dict[int, Split] = {}
+        self._by_commit: dict[int, Split] = {}
         self._staged: dict[str, Staged] = {}
         self._ready: list[Order] = []
+        self._now_s = 0.0
+        # When the tier or a worker last did something for staging, or there was nothing to do.
+        self._progress_s = 0.0
 
     # -- what is staged ----------------------------------------------------------------------------
 
@@ -109,11 +94,7 @@ class Stager:
         staged = self._staged.get(program)
         if staged is None:
             return 0
-        n_common = 0
-        limit = min(staged.n_chunks, len(chain), len(staged.chain))
-        while n_common < limit and staged.chain.marks[n_common] == chain.marks[n_common]:
-            n_common += 1
-        return n_common
+        return min(staged.n_chunks, staged.chain.common_chunks(chain))
 
     def confirmed_chunks(self, program: str) -> int:
         """Chunks of the program's last staged chain that the tier has confirmed."""
@@ -156,7 +137,7 @@ class Stager:
         key: str,
         program: str,
         chain: ChunkChain,
-        block_ids: tuple[int, ...],
+        block_ids: Sequence[int] | BlockIds,
         value_s: float,
         lease_s: float,
     ) -> bool:
@@ -183,9 +164,11 @@ class Stager:
                 end == 0 or other.chain.marks[end - 1] == chain.marks[end - 1]
             ):
                 self.cancel(other.key)
-        blocks = tuple(block_ids[: len(chain) * self._chunk_blocks])
+        blocks = as_block_ids(block_ids)[: len(chain) * self._chunk_blocks]
         self._pins.hold(f"stage:{key}", blocks)
-        self._jobs[key] = StageJob(key, program, chain, blocks, value_s, lease_s, done)
+        self._jobs[key] = StageJob(
+            key, program, chain, blocks, value_s, lease_s, next_chunk=done, end_chunk=len(chain)
+        )
         return True
 
     def cancel(self, key: str) -> None:
@@ -209,51 +192,61 @@ class Stager:
         self.cancel(next(reversed(self._jobs)))
         return True
 
+    def cancel_one_stalled(self, now_s: float) -> bool:
+        """Cancel the youngest job if staging as a whole stands still. False when nothing was.
+
+        A job that only waits its turn is not cancelled: its KV would have to be computed again.
+        """
+        if not self._jobs or now_s - self._progress_s < STALL_S:
+            return False
+        self._stats.count("failures", 1, "stage_stalled")
+        self.cancel(next(reversed(self._jobs)))
+        return True
+
     def advance(self, now_s: float) -> list[Order]:
         """Start the next splits; returns the copy orders that are ready for the workers."""
+        self._now_s = now_s
+        if not self._jobs and not self.busy():
+            self._progress_s = now_s
         if self._tier.state is not TierState.READY:
             for key in list(self._jobs):
                 self._stats.count("failures", 1, "stage_no_tier")
                 self.cancel(key)
-        for job in list(self._jobs.values()):
-            in_flight = len(self._by_reserve) + len(self._by_order)
-            if in_flight >= MAX_SPLITS_IN_FLIGHT:
-                break
-            if job.next_chunk < len(job.chain):
-                self._reserve(job)
+        self._reserve_next()
         ready = [o for o in self._ready if self._order_is_live(o, now_s)]
         self._ready = []
         return ready
 
     def on_event(self, event: OperationEvent, now_s: float) -> bool:
         """Take an event of the tier; False when it is not staging's."""
-        if event.op_id in self._by_reserve:
-            job, split = self._by_reserve.pop(event.op_id)
+        split = self._by_reserve.pop(event.op_id, None)
+        if split is not None:
+            self._progress_s = now_s
             if isinstance(event, ReserveDone):
-                self._reserved(job, split, event, now_s)
+                self._reserved(split, event, now_s)
             elif isinstance(event, OperationFailed):
-                self._fail(job, event.reason)
+                self._not_reserved(split, event.reason)
             return True
-        if event.op_id in self._by_commit:
-            job, split, ok = self._by_commit.pop(event.op_id)
-            if isinstance(event, CommitDone):
-                if ok:
-                    self._committed(job, split, event.resident_chunks)
-            elif isinstance(event, OperationFailed):
-                self._fail(job, event.reason)
+        split = self._by_commit.pop(event.op_id, None)
+        if split is not None:
+            self._progress_s = now_s
+            split.job.n_commits -= 1
+            if isinstance(event, OperationFailed):
+                self._fail(split.job, event.reason)
+            elif isinstance(event, CommitDone) and split.copied:
+                self._committed(split, event.resident_chunks)
             return True
         return False
 
     def on_result(self, result: OrderResult) -> bool:
         """A worker has finished a copy; False when the order is not staging's."""
-        entry = self._by_order.pop(result.order_id, None)
-        if entry is None:
+        split = self._by_order.pop(result.order_id, None)
+        if split is None:
             return False
-        job, split = entry
+        self._progress_s = self._now_s
         if not result.ok:
-            self._fail(job, "store_copy")
-        ok = result.ok and not job.cancelled
-        self._by_commit[self._tier.commit(split.reserve_id, ok=ok)] = (job, split, ok)
+            self._fail(split.job, "store_copy")
+        self._copied(split, ok=result.ok)
         return True
 
     # -- internals ---------------------------------------------------------------------------------
@@ -265,11 +258,21 @@ class Stager:
                 self.cancel(job.key)
 
     def _active(self) -> list[StageJob]:
-        running = [job for job, _ in (*self._by_reserve.values(), *self._by_order.values())]
-        return [*self._jobs.values(), *running, *(job for job, _, _ in self._by_commit.values())]
+        splits = (*self._by_reserve.values(), *self._by_order.values(), *self._by_commit.values())
+        return [*self._jobs.values(), *(split.job for split in splits)]
+
+    def _reserve_next(self) -> None:
+        """One split of each job in turn, as long as there may be more in flight."""
+        in_flight = len(self._by_reserve) + len(self._by_order)
+        jobs = [job for job in self._jobs.values() if job.next_chunk < job.end_chunk]
+        while jobs and in_flight < self._max_in_flight:
+            for job in jobs[: self._max_in_flight - in_flight]:
+                self._reserve(job)
+                in_flight += 1
+            jobs = [job for job in jobs if job.next_chunk < job.end_chunk]
 
     def _reserve(self, job: StageJob) -> None:
-        end = min(job.next_chunk + self._split_chunks, len(job.chain))
+        end = min(job.next_chunk + self._split_chunks, job.end_chunk)
         reserve_id = self._tier.reserve(
             self.namespace,
             job.program,
@@ -279,26 +282,28 @@ class Stager:
             job.value_s,
             job.lease_s,
         )
-        split = _Split(job.next_chunk, end, reserve_id, job.attempt)
+        split = Split(job, job.next_chunk, end, reserve_id, job.attempt)
         job.next_chunk = end
-        self._by_reserve[reserve_id] = (job, split)
+        job.open.append(split)
+        self._by_reserve[reserve_id] = split
 
-    def _reserved(self, job: StageJob, split: _Split, event: ReserveDone, now_s: float) -> None:
+    def _reserved(self, split: Split, event: ReserveDone, now_s: float) -> None:
+        job = split.job
         if job.cancelled:
-            self._by_commit[self._tier.commit(split.reserve_id, ok=False)] = (job, split, False)
+            self._copied(split, ok=False)
             return
         if all(slot < 0 for rank in event.slots for slot in rank):
-            self._by_commit[self._tier.commit(split.reserve_id, ok=True)] = (job, split, True)
+            self._copied(split, ok=True)
             return
         order_id = self._order_ids.take()
-        self._by_order[order_id] = (job, split)
+        self._by_order[order_id] = split
         first, last = split.start * self._chunk_blocks, split.end * self._chunk_blocks
         self._ready.append(
             Order(
                 order_id=order_id,
                 direction="store",
                 request_id=job.key,
-                block_ids=job.block_ids[first:last],
+                block_ids=tuple(job.block_ids[first:last].tolist()),
                 slots=event.slots,
                 chunk_blocks=self._chunk_blocks,
                 skip_blocks=0,
@@ -307,16 +312,42 @@ class Stager:
             )
         )
 
+    def _not_reserved(self, split: Split, reason: str) -> None:
+        """There are no slots. Where the tier is full, the job ends here, with what has fitted."""
+        job = split.job
+        job.open.remove(split)
+        if reason != TIER_FULL:
+            self._fail(job, reason)
+        elif split.attempt == job.attempt and split.start < job.end_chunk:
+            if not job.cancelled:
+                self._stats.count("failures", 1, f"stage_{reason}")
+            job.end_chunk = split.start
+        self._commit_in_order(job)
+        self._end_if_done(job)
+
     def _order_is_live(self, order: Order, now_s: float) -> bool:
-        job, split = self._by_order[order.order_id]
-        if not job.cancelled and now_s < order.deadline_s:
+        split = self._by_order[order.order_id]
+        if not split.job.cancelled and now_s < order.deadline_s:
             return True
         del self._by_order[order.order_id]
-        self._fail(job, "order_expired")
-        self._by_commit[self._tier.commit(split.reserve_id, ok=False)] = (job, split, False)
+        self._fail(split.job, "order_expired")
+        self._copied(split, ok=False)
         return False
 
-    def _committed(self, job: StageJob, split: _Split, resident_chunks: int) -> None:
+    def _copied(self, split: Split, *, ok: bool) -> None:
+        """The split's copy has ended, or there was nothing to copy."""
+        # What a cancelled job's copy has read may have been overwritten while it read.
+        split.copied = ok and not split.job.cancelled
+        self._commit_in_order(split.job)
+
+    def _commit_in_order(self, job: StageJob) -> None:
+        while job.open and job.open[0].copied is not None:
+            split = job.open.popleft()
+            self._by_commit[self._tier.commit(split.reserve_id, ok=bool(split.copied))] = split
+            job.n_commits += 1
+
+    def _committed(self, split: Split, resident_chunks: int) -> None:
+        job = split.job
         if job.void:
             return
         done = self._staged.get(job.program)
@@ -328,16 +359,16 @@ class Stager:
         if resident_chunks < split.end and not job.cancelled:
             # What the tier held before has a hole now: start again from there, once. A split that
             # was reserved before the restart only says the same again.
-            if split.attempt < job.attempt:
-                return
-            if job.attempt:
+            if split.attempt and split.attempt == job.attempt:
                 self._fail(job, "lost_prefix")
-                return
-            job.attempt += 1
-            job.next_chunk = resident_chunks
-            return
-        finished = job.next_chunk >= len(job.chain) and resident_chunks >= len(job.chain)
-        if finished and self._jobs.get(job.key) is job:
+            elif split.attempt == job.attempt:
+                job.attempt += 1
+                job.next_chunk = resident_chunks
+        self._end_if_done(job)
+
+    def _end_if_done(self, job: StageJob) -> None:
+        done = job.next_chunk >= job.end_chunk and not job.open and not job.n_commits
+        if done and self._jobs.get(job.key) is job:
             del self._jobs[job.key]
             self._pins.unhold(f"stage:{job.key}")
 
@@ -345,15 +376,3 @@ class Stager:
         if not job.cancelled:
             self._stats.count("failures", 1, f"stage_{reason}")
             self.cancel(job.key)
-
-
-class OrderIds:
-    """Ids of copy orders, unique in an engine."""
-
-    def __init__(self) -> None:
-        self._last = 0
-
-    def take(self) -> int:
-        """A new id."""
-        self._last += 1
-        return self._last

@@ -32,7 +32,7 @@ from kvtier.setup_model import ModelSetupError, ensure_model
 
 _GIB = 1 << 30
 _MIB = 1 << 20
-_DEFAULT_KV_TOKENS = 190 * BLOCK_TOKENS
+_DEFAULT_KV_TOKENS = 130 * BLOCK_TOKENS
 
 
 def demo(
@@ -43,7 +43,7 @@ def demo(
     html_file: Annotated[
         Path | None, typer.Option("--html", help="Write a self-contained page to this file.")
     ] = None,
-    programs: Annotated[int, typer.Option(min=1, help="Number of agents.")] = 6,
+    programs: Annotated[int, typer.Option(min=1, help="Number of agents.")] = 8,
     turns: Annotated[int, typer.Option(min=1, help="Turns of each agent.")] = 6,
     seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 5,
     arms: Annotated[

@@ -5,7 +5,7 @@ prompt and a task with source text, then turns of *assistant text with a tool ca
 *tool result*. Prompts and outputs are fixed here, before any engine runs, so every arm
 does the same work; :mod:`kvtier.demo.forced_tokens` makes the engine generate exactly the
 recorded output. Sizes and gaps follow the shape that the project measures agents with:
-first prompts of 1,200-1,900 tokens, outputs of 20-60, tool results of 120-380, tool times
+first prompts of 900-1,500 tokens, outputs of 20-60, tool results of 80-240, tool times
 log-normal(0.3, 0.8) seconds, programs starting one second apart.
 
 Pure: no engine, no clock, no files; the tokenizer and the source text are passed in.
@@ -62,12 +62,12 @@ class WorkloadConfig:
     between the arrivals of two programs.
     """
 
-    programs: int = 6
+    programs: int = 8
     turns: int = 6
     seed: int = 5
-    first_prompt_tokens: tuple[int, int] = (1200, 1900)
+    first_prompt_tokens: tuple[int, int] = (900, 1500)
     output_tokens: tuple[int, int] = (20, 60)
-    result_tokens: tuple[int, int] = (120, 380)
+    result_tokens: tuple[int, int] = (80, 240)
     start_interval_s: float = 1.0
 
     def __post_init__(self) -> None:

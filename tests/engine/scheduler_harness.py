@@ -308,7 +308,7 @@ class Drive:
         self.preemptions += n_preempted
         if self.engine.connector is not None:
             pins = self.engine.half.pins
-            if pins.reclaimable_blocks(pin.key for pin in pins.pins()):
+            if pins.reclaimable_blocks():
                 self.preempted_beside_pins += n_preempted
 
     def _note_idle(self, scheduled: Any) -> None:

@@ -311,11 +311,6 @@ def test_growing_request_takes_blocks_from_staging(ask: Ask) -> None:
     assert facts["lost_blocks"] == 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="make_room does not cancel staging for a waiting request: it may be forever",
-)
 def test_silent_tier_keeps_no_blocks_from_a_request(ask: Ask) -> None:
     facts = ask("silent_tier")
     assert facts["held_blocks"] == 16

@@ -146,7 +146,7 @@ class VirtualTier:
                 (c for c in self._resident if self._locks[c] <= 0 and c not in protected), None
             )
             if victim is None:
-                return self._refuse(op_id, "full")
+                return self._refuse(op_id, "l1_full")
             self._free.append(self._resident.pop(victim))
         slots = {chunk: self._free.pop() for chunk in wanted}
         self._reservations[op_id] = _Reservation(chain, end, slots)

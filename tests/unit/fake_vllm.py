@@ -68,6 +68,10 @@ class FakePool:
         return {b.block_id: b.ref_cnt for b in self.blocks if b.ref_cnt}
 
     @property
+    def cached_block_hash_to_block(self) -> dict[bytes, FakeBlock]:
+        return self._cached
+
+    @property
     def free_block_queue(self) -> Any:
         tail = SimpleNamespace(block_hash=None, next_free_block=None)
         head = node = SimpleNamespace(next_free_block=tail)

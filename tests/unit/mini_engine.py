@@ -134,6 +134,7 @@ class MiniEngine:
         self.pool = FakePool(n_blocks)
         self.workers = Workers(self.pool, ranks)
         self.now_s = 1000.0
+        self.preempted = 0
         self.weights = 0
         self.waiting: list[Entry] = []
         self.running: list[Entry] = []
@@ -218,7 +219,8 @@ class MiniEngine:
     def step(self) -> None:
         scheduled = self._schedule()
         tokens = sum(e.request.num_tokens - e.request.num_computed_tokens for e in scheduled)
-        orders = self.half.build(StepFacts(tokens, len(scheduled)))
+        orders = self.half.build(StepFacts(tokens, len(scheduled), self.preempted))
+        self.preempted = 0
         self.workers.submit(orders, self.now_s)
         for entry in scheduled:
             self._compute(entry)
@@ -289,7 +291,8 @@ class MiniEngine:
                     return
                 entry.blocks, entry.cached_blocks = blocks, len(hit)
                 request.num_computed_tokens = local + external
-            self.half.on_allocated(request, entry.blocks, external)
+            blocks = entry.blocks
+            self.half.on_allocated(request, blocks.copy, external)
             self.waiting.remove(entry)
             if external:
                 entry.state = "loading"
@@ -350,6 +353,7 @@ class MiniEngine:
     def _preempt(self, entry: Entry) -> None:
         self.running.remove(entry)
         self._free(entry)
+        self.preempted += 1
         entry.request.num_computed_tokens = 0
         entry.request.set_status("PREEMPTED")
         entry.state = "waiting"

@@ -15,9 +15,8 @@ from kvtier.admission import (
     AdmissionController,
     AdmissionDecision,
     AdmissionView,
-    ProgramArrivals,
-    rank_s,
 )
+from kvtier.program_arrivals import ProgramArrivals, rank_s
 from kvtier.working_set import WorkingSet
 
 FCFS = AdmissionConfig(mode="program_fcfs")
@@ -84,17 +83,70 @@ def test_who_left_holds_nobody_back() -> None:
     assert admission.waiting == 1
 
 
-def test_a_request_that_waited_for_the_aging_time_is_passed_by_no_newcomer() -> None:
+def test_who_has_waited_for_the_patience_comes_before_older_programs() -> None:
     admission = controller(replace(FCFS, aging_s=60.0))
-    arrive(admission, "patient", "B", 100.0, now_s=100.0)
-    arrive(admission, "quick", "A", 0.0, now_s=159.0)
-    assert admission.sort_key("quick") < admission.sort_key("patient")  # type: ignore[operator]
-    arrive(admission, "late", "A", 0.0, now_s=161.0)
-    assert admission.sort_key("patient") < admission.sort_key("late")  # type: ignore[operator]
+    arrive(admission, "patient", "C", 99.0, now_s=100.0)
+    arrive(admission, "second", "B", 98.0, now_s=101.0)
+    arrive(admission, "old", "A", 0.0, now_s=150.0)
+    assert reason(admission, "patient", 159.9) == "older_waiting"
+    assert reason(admission, "patient", 160.0) == "first_in_order"
+    assert reason(admission, "old", 160.0) == "older_waiting"
+    assert reason(admission, "second", 162.0) == "older_waiting", "the longest waiting first"
+    admission.on_started("patient")
+    assert reason(admission, "second", 162.0) == "first_in_order"
+    admission.on_started("second")
+    assert reason(admission, "old", 162.0) == "first_in_order"
+
+
+def test_long_running_programs_keep_their_order() -> None:
+    """What aging by a fixed amount would lose: all of these programs are older than it."""
+    admission = controller(replace(FCFS, aging_s=60.0))
+    arrive(admission, "young", "B", 100.0, now_s=1000.0)
+    arrive(admission, "old", "A", 0.0, now_s=1010.0)
+    assert reason(admission, "young", 1011.0) == "older_waiting"
+    assert reason(admission, "old", 1011.0) == "first_in_order"
+
+
+@pytest.mark.parametrize(
+    ("round_s", "patience_s"), [(0.0, 60.0), (25.0, 25.0), (0.01, 1.0), (1e9, 60.0)]
+)
+def test_patience_is_a_round_of_computing_everything_anew(
+    round_s: float, patience_s: float
+) -> None:
+    admission = controller(replace(FCFS, aging_s=60.0), replace(VIEW, round_s=round_s))
+    assert admission.patience_s == patience_s
+    arrive(admission, "young", "B", 90.0)
+    arrive(admission, "old", "A", 0.0, now_s=100.0 + patience_s / 2)
+    assert reason(admission, "young", 100.0 + patience_s * 0.99) == "older_waiting"
+    assert reason(admission, "young", 100.0 + patience_s) == "first_in_order"
+
+
+def test_busy_programs_run_pause_or_wait_to_begin() -> None:
+    admission = controller(AdmissionConfig(long_pause_s=10.0))
+    arrive(admission, "a1", "A", 100.0, blocks=50, returning=False)
+    arrive(admission, "b1", "B", 100.0, blocks=30, returning=False)
+    assert admission.busy == (2, 80)
+    admission.on_started("a1")
+    assert admission.busy == (2, 80)
+    admission.on_finished("a1")
+    admission.on_finished("b1")
+    assert admission.busy == (1, 50)
+    admission.begin_step(replace(VIEW, now_s=110.0))
+    assert admission.busy == (0, 0)
+
+
+def test_who_was_admitted_but_found_no_room_gives_way_to_an_older_program() -> None:
+    admission = controller()
+    arrive(admission, "young", "B", 90.0)
+    assert reason(admission, "young") == "first_in_order"
+    admission.begin_step(VIEW)
+    assert reason(admission, "young") == "retry"
+    arrive(admission, "old", "A", 0.0)
+    assert reason(admission, "young") == "older_waiting"
+    assert reason(admission, "old") == "first_in_order"
 
 
 def test_without_aging_the_program_alone_counts() -> None:
-    assert rank_s(3.0, 1e6, 0.0) == 3.0
     admission = controller(AdmissionConfig(aging_s=0.0))
     arrive(admission, "a1", "A", 100.0, blocks=90, returning=False)
     admission.on_started("a1")
@@ -106,6 +158,7 @@ def test_without_aging_the_program_alone_counts() -> None:
 def test_rank_lies_between_the_aged_and_the_real_arrival(
     program_s: float, arrival_s: float, aging_s: float
 ) -> None:
+    assert rank_s(program_s, arrival_s, 0.0) == min(program_s, arrival_s)
     assert arrival_s - aging_s <= rank_s(program_s, arrival_s, aging_s) <= arrival_s
 
 
@@ -198,9 +251,8 @@ def test_new_programs_wait_until_the_working_set_fits() -> None:
     admission.on_finished("a1")
     assert reason(admission, "b1") == "working_set_full"
     admission.begin_step(replace(VIEW, now_s=112.0))
-    assert reason(admission, "d7", 112.0) == "retry"
     assert admission.working_set_blocks == 0
-    admission.on_finished("d7")
+    assert reason(admission, "d7", 112.0) == "older_waiting"
     assert reason(admission, "b1", 112.0) == "first_in_order"
 
 
@@ -266,7 +318,7 @@ def test_heaps_stay_in_proportion_to_the_waiting_requests() -> None:
         arrive(admission, f"r{i}", f"p{i}", 1.0 + i / 1e6)
         admission.on_started(f"r{i}")
         admission.on_finished(f"r{i}")
-    assert sum(map(len, admission._heaps)) < 100
+    assert sum(map(len, admission._heaps)) < 200
     assert not admission._started
     admission.begin_step(replace(VIEW, now_s=1e6))
     assert len(admission._working_set) == 0

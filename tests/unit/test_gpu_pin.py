@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvtier.gpu_pin import Pin, PinTable, ReleaseCause
+from kvtier.gpu_pin import PinTable, ReleaseCause
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from kvtier.gpu_pin import Pin
 
 N_BLOCKS = 12
 BUDGET = 7
@@ -23,20 +26,20 @@ class CountingPool:
     """References only. `foreign` ones are held by running requests."""
 
     def __init__(self) -> None:
-        self.references: Counter[int] = Counter()
+        self.counts: Counter[int] = Counter()
         self.released: list[tuple[int, ...]] = []
 
     def acquire(self, block_ids: Sequence[int]) -> None:
-        self.references.update(block_ids)
+        self.counts.update(map(int, block_ids))
 
     def release(self, block_ids: Sequence[int]) -> None:
-        self.released.append(tuple(block_ids))
+        self.released.append(tuple(map(int, block_ids)))
         for block in block_ids:
-            assert self.references[block] > 0, f"block {block} was released once too often"
-            self.references[block] -= 1
+            assert self.counts[int(block)] > 0, f"block {block} was released once too often"
+            self.counts[int(block)] -= 1
 
-    def n_references(self, block_id: int) -> int:
-        return self.references[block_id]
+    def references(self, block_ids: Sequence[int]) -> Any:
+        return np.array([self.counts[int(b)] for b in block_ids], dtype=np.int32)
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def test_shared_blocks_count_once_towards_the_budget(pins: PinTable, pool: Count
     assert pins.new_blocks([2, 3, 4]) == 1
     assert pin(pins, "b", [0, 1, 2, 3, 4, 5, 6])
     assert (pins.pinned_blocks, len(pins)) == (BUDGET, 2)
-    assert pool.n_references(0) == 2
+    assert pool.counts[0] == 2
     assert not pin(pins, "c", [7])
     assert pin(pins, "d", [6])
     pins.unpin("b", ReleaseCause.HANDOFF)
@@ -68,7 +71,7 @@ def test_shared_blocks_count_once_towards_the_budget(pins: PinTable, pool: Count
 def test_a_refused_pin_takes_nothing(pins: PinTable, pool: CountingPool) -> None:
     assert not pin(pins, "a", range(BUDGET + 1))
     assert not pin(pins, "a", [])
-    assert not +pool.references
+    assert not +pool.counts
     assert "a" not in pins
 
 
@@ -94,7 +97,7 @@ def test_ending_twice_is_harmless(pins: PinTable, pool: CountingPool) -> None:
     assert pins.unpin("a", ReleaseCause.TTL) is None
     pins.unhold("h")
     pins.unhold("h")
-    assert not +pool.references
+    assert not +pool.counts
 
 
 def test_expiry_is_by_deadline(pins: PinTable) -> None:
@@ -119,20 +122,21 @@ def test_a_hold_outlives_its_pin(pins: PinTable, pool: CountingPool) -> None:
     pin(pins, "a", [1, 2])
     pins.hold("copy", [1, 2])
     pins.unpin("a", ReleaseCause.PRESSURE)
-    assert pool.n_references(1) == 1
+    assert pool.counts[1] == 1
     assert (pins.pinned_blocks, pins.held_blocks) == (0, 2)
     pins.unhold("copy")
-    assert pool.n_references(1) == 0
+    assert pool.counts[1] == 0
 
 
 def test_reclaimable_is_what_nobody_else_references(pins: PinTable, pool: CountingPool) -> None:
     pin(pins, "a", [1, 2, 3])
     pin(pins, "b", [1, 4])
-    assert pins.reclaimable_blocks(["a"]) == 2
-    assert pins.reclaimable_blocks(["a", "b"]) == 4
+    assert pins.reclaimable_blocks() == pins.loose_blocks == 4
     pool.acquire([2])
-    pins.hold("copy", [3])
-    assert pins.reclaimable_blocks(["a", "b"]) == 2
+    pins.hold("copy", [3, 9])
+    assert pins.reclaimable_blocks() == 2
+    assert pins.loose_blocks == 3, "what other requests hold is not known without a walk"
+    assert pins.kept_blocks == 5
 
 
 def test_release_order_is_by_regret_then_deadline(pins: PinTable) -> None:
@@ -148,7 +152,7 @@ def test_what_must_end_for_a_new_pin(pins: PinTable) -> None:
     pin(pins, "c", [4, 5, 6])
 
     def to_end(*blocks: int) -> list[str] | None:
-        chosen = pins.to_end_for(blocks, pins.pins())
+        chosen = pins.to_end_for(blocks, pins.pins)
         return None if chosen is None else [p.key for p in chosen]
 
     assert to_end(1, 5) == [], "kept already"
@@ -190,8 +194,7 @@ class PinMachine(RuleBasedStateMachine):
         fits = bool(blocks) and len(kept | set(blocks)) <= BUDGET
         assert self.pins.pin(key, program, blocks, now_s=self.now_s, ttl_s=ttl_s) is fits
         if fits:
-            deadline_s = self.now_s + ttl_s
-            self.pinned[key] = Pin(key, program, tuple(blocks), self.now_s, deadline_s)
+            (self.pinned[key],) = (pin for pin in self.pins.pins() if pin.key == key)
 
     @precondition(lambda self: self.pinned)
     @rule(data=st.data())
@@ -199,12 +202,12 @@ class PinMachine(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(sorted(self.pinned)))
         released = self.pins.unpin(key, ReleaseCause.HANDOFF)
         assert released is not None
-        assert released.pin == self.pinned.pop(key)
+        assert released.pin is self.pinned.pop(key)
 
     @rule(blocks=blocks, data=st.data())
     def displace(self, blocks: list[int], data: st.DataObject) -> None:
         order = data.draw(st.permutations(sorted(self.pinned)))
-        chosen = self.pins.to_end_for(blocks, [self.pinned[key] for key in order])
+        chosen = self.pins.to_end_for(blocks, lambda: [self.pinned[key] for key in order])
 
         def excess(n_ended: int) -> int:
             kept = {b for key in order[n_ended:] for b in self.pinned[key].block_ids}
@@ -272,7 +275,7 @@ class PinMachine(RuleBasedStateMachine):
         assert {r.pin.key for r in self.pins.release_all(ReleaseCause.RESET)} == set(self.pinned)
         self.pinned.clear()
         self.held.clear()
-        assert +self.pool.references == +self.foreign
+        assert +self.pool.counts == +self.foreign
 
     @invariant()
     def references_are_exact(self) -> None:
@@ -281,7 +284,7 @@ class PinMachine(RuleBasedStateMachine):
             listed.update(pin.block_ids)
         for blocks in self.held.values():
             listed.update(blocks)
-        assert +self.pool.references == +listed
+        assert +self.pool.counts == +listed
 
     @invariant()
     def views_agree(self) -> None:
@@ -299,11 +302,14 @@ class PinMachine(RuleBasedStateMachine):
             for block in kept
             if not self.foreign[block] and not any(block in held for held in self.held.values())
         )
-        assert self.pins.reclaimable_blocks(list(self.pinned)) == alone
+        assert self.pins.reclaimable_blocks() == alone
+        held = {b for held in self.held.values() for b in held}
+        assert self.pins.loose_blocks == len(kept - held)
+        assert self.pins.kept_blocks == len(kept | held)
 
     def teardown(self) -> None:
         self.pins.release_all(ReleaseCause.SHUTDOWN)
-        assert +self.pool.references == +self.foreign
+        assert +self.pool.counts == +self.foreign
 
 
 TestPinMachine = PinMachine.TestCase

@@ -13,11 +13,11 @@ from kvtier.chunk_keys import ChunkChain
 from kvtier.decision_log import DecisionLog
 from kvtier.gaps import GapBook
 from kvtier.gpu_pin import Pin, PinTable, ReleaseCause
-from kvtier.orders import OrderResult
+from kvtier.orders import OrderIds, OrderResult
 from kvtier.pauses import Pauses
 from kvtier.policy import Policy, PolicyConfig
 from kvtier.request_params import RequestHints
-from kvtier.staging import OrderIds, Stager
+from kvtier.staging import Stager
 from kvtier.stats import Stats
 from kvtier.tool_detection import ToolCall
 from kvtier.ttl_controller import OutputReuse
@@ -72,7 +72,9 @@ class Rig:
             self.stats,
             self.log,
             self._release,
-            lambda pin, _: self.regret.get(pin.key, 1.0),
+        )
+        self.pauses.regret_s_per_block = (  # type: ignore[method-assign]
+            lambda pin, _: self.regret.get(pin.key, 1.0)
         )
 
     def _release(self, key: str, cause: ReleaseCause) -> None:
@@ -346,7 +348,7 @@ def test_regret_is_asked_for_the_pin_that_would_be(rig: Rig) -> None:
 
     rig = Rig(budget_blocks=8)
     rig.end("x")
-    rig.pauses._regret = regret
+    rig.pauses.regret_s_per_block = regret  # type: ignore[method-assign]
     rig.end("a")
     mine = next(pin for pin in asked if pin.key == "a")
     assert isinstance(mine.data, PinnedTurn)

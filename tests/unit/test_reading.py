@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvtier.backend import StateChanged
-from kvtier.orders import Order, OrderResult
+from kvtier.orders import Order, OrderIds, OrderResult
 from kvtier.reading import LoadDone, TierReader
-from kvtier.staging import ORDER_DEADLINE_S, OrderIds
+from kvtier.staging import ORDER_DEADLINE_S
 from kvtier.stats import Stats
 from tests.unit.fake_vllm import BLOCK_TOKENS
 from tests.unit.test_staging import CHUNK_BLOCKS, CHUNK_TOKENS, chunks

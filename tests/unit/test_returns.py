@@ -11,11 +11,13 @@ from kvtier.block_pool import VllmBlockPool
 from kvtier.decision_log import DecisionLog
 from kvtier.gaps import GapBook
 from kvtier.gpu_pin import PinTable, ReleaseCause
+from kvtier.orders import OrderIds
 from kvtier.policy import Policy, PolicyConfig
 from kvtier.reading import TierReader
 from kvtier.request_params import RequestHints
 from kvtier.returns import Returns
-from kvtier.staging import OrderIds, Staged, Stager
+from kvtier.stage_jobs import Staged
+from kvtier.staging import Stager
 from kvtier.stats import Stats
 from kvtier.ttl_controller import OutputReuse
 from kvtier.turn import PinnedTurn, Turn
@@ -171,7 +173,7 @@ def test_reload_can_be_forced(mode: str, tokens: int) -> None:
 def test_the_pin_is_handed_over(rig: Rig) -> None:
     rig.pin("before", [1, 2, 3, 4, 5], prompt_blocks=4)
     turn = rig.turn(30, local_tokens=5 * BLOCK_TOKENS)
-    assert rig.returns.hand_over(turn, [1, 2, 3, 4, 5, 9, 10]) == 20
+    assert rig.returns.hand_over(turn, lambda: [1, 2, 3, 4, 5, 9, 10]) == 20
     assert len(rig.pins) == 0
     (released,) = rig.noted
     assert released is not None
@@ -182,7 +184,7 @@ def test_a_rewritten_answer_still_continues_its_prompt(rig: Rig) -> None:
     rig.pin("before", [1, 2, 3, 4, 5], prompt_blocks=3)
     turn = rig.turn(30, local_tokens=3 * BLOCK_TOKENS)
     before = rig.policy.output_reuse.probability("")
-    assert rig.returns.hand_over(turn, [1, 2, 3, 8, 9]) == 12
+    assert rig.returns.hand_over(turn, lambda: [1, 2, 3, 8, 9]) == 12
     assert len(rig.pins) == 0
     assert rig.policy.output_reuse.probability("") < before
 
@@ -192,21 +194,21 @@ def test_a_repeated_answer_raises_the_expectation(rig: Rig) -> None:
         rig.policy.observe_output_reuse(0, 8)
     before = rig.policy.output_reuse.probability("")
     rig.pin("before", [1, 2, 3, 4], prompt_blocks=2)
-    rig.returns.hand_over(rig.turn(30, local_tokens=16), [1, 2, 3, 4, 5])
+    rig.returns.hand_over(rig.turn(30, local_tokens=16), lambda: [1, 2, 3, 4, 5])
     assert rig.policy.output_reuse.probability("") > before
 
 
 @pytest.mark.parametrize("blocks", [[1, 2, 7, 8], [1], [], [6, 7, 8, 9]])
 def test_who_shares_only_a_beginning_takes_no_pin(rig: Rig, blocks: list[int]) -> None:
     rig.pin("before", [1, 2, 3, 4, 5], prompt_blocks=4)
-    assert rig.returns.hand_over(rig.turn(30, local_tokens=8), blocks) == 0
+    assert rig.returns.hand_over(rig.turn(30, local_tokens=8), lambda: blocks) == 0
     assert "before" in rig.pins
     assert rig.noted == []
 
 
 def test_pins_of_other_programs_stay(rig: Rig) -> None:
     rig.pin("other", [1, 2], prompt_blocks=1, program="q")
-    assert rig.returns.hand_over(rig.turn(30, local_tokens=8), [1, 2, 3]) == 0
+    assert rig.returns.hand_over(rig.turn(30, local_tokens=8), lambda: [1, 2, 3]) == 0
     assert "other" in rig.pins
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from kvtier.block_pool import VllmBlockPool, wrap_allocation
 from kvtier.gpu_pin import PinTable, ReleaseCause
+from kvtier.orders import OrderIds
 from kvtier.room import Room
-from kvtier.staging import OrderIds, Stager
+from kvtier.staging import STALL_S, Stager
 from kvtier.stats import Stats
 from tests.unit.fake_vllm import FakePool, FakeRequest
 from tests.unit.test_staging import CHUNK_BLOCKS, chunks
@@ -41,6 +42,7 @@ class Rig:
         self.room = Room(adapter, self.pins, self.stager, self._note)
         self.regret: dict[str, float] = {}
         self.retries = 0
+        self.now_s = 0.0
 
     def _note(self, *released: Released) -> None:
         self.noted += released
@@ -56,8 +58,15 @@ class Rig:
             self.pool.free_blocks(taken)
         return blocks
 
-    def ask(self, n_blocks: int, status: str = "WAITING", *, program: str = "?") -> Any:
-        """What the wrapped `allocate_slots` does."""
+    def ask(
+        self,
+        n_blocks: int,
+        status: str = "WAITING",
+        *,
+        program: str = "?",
+        knows_need: bool = False,
+    ) -> Any:
+        """What the wrapped `allocate_slots` does; `knows_need`: where vLLM tells what it needs."""
 
         def allocate() -> Any:
             self.retries += 1
@@ -69,7 +78,12 @@ class Rig:
         if result is not None:
             return result
         return self.room.make(
-            request, allocate, own_program=program, regret_s_per_block=self._regret
+            request,
+            allocate,
+            own_program=program,
+            regret_s_per_block=self._regret,
+            now_s=self.now_s,
+            need_blocks=(lambda: n_blocks) if knows_need else (lambda: 0),
         )
 
     def _regret(self, pin: Pin) -> float:
@@ -156,6 +170,7 @@ def test_it_is_tried_again_when_a_request_lets_go_of_pinned_blocks(rig: Rig) -> 
     assert rig.ask(3) is None
     rig.pool.take(1)
     rig.pool.free_blocks(users)
+    rig.room.given_back()
     assert rig.ask(3) is not None
 
 
@@ -187,6 +202,39 @@ def test_a_waiting_request_does_not_stop_staging(rig: Rig) -> None:
     assert rig.stager.n_jobs == 1
 
 
+def test_a_waiting_request_ends_staging_that_stands_still(rig: Rig) -> None:
+    blocks = rig.fill(a=6, b=4)
+    for key in blocks:
+        rig.stager.start(key, key, chunks(len(blocks[key]) // CHUNK_BLOCKS), blocks[key], 1.0, 9.0)
+    rig.stager.advance(rig.now_s)
+    rig.now_s = STALL_S * 0.9
+    assert rig.ask(5, knows_need=True) is None
+    rig.now_s = STALL_S
+    assert len(rig.ask(5, knows_need=True)) == 5
+    assert rig.stager.n_jobs == 2, "one cancelled, but its reservation is still out"
+    assert (rig.pins.held_blocks, rig.released) == (6, ["b"]), "the younger was enough"
+
+
+def test_staging_goes_on_where_its_blocks_would_not_be_enough(rig: Rig) -> None:
+    rig.pool.take(6)
+    blocks = rig.fill(a=6)["a"]
+    rig.stager.start("a", "a", chunks(3), blocks, 1.0, 10.0)
+    rig.stager.advance(0.0)
+    rig.now_s = 100.0
+    assert rig.ask(7, knows_need=True) is None
+    assert rig.pins.held_blocks == 6
+
+
+def test_a_known_need_saves_trying(rig: Rig) -> None:
+    rig.pool.take(6)
+    rig.fill(a=2, b=2, c=2)
+    assert rig.ask(7, knows_need=True) is None
+    assert rig.retries == 1, "the need is more than all pins could give"
+    rig.retries = 0
+    assert rig.ask(4, knows_need=True) is not None
+    assert rig.retries == 2, "again only once enough pins had ended"
+
+
 class FakeManager:
     """vLLM's KV cache manager: `allocate_slots` and `reset_prefix_cache`."""
 
@@ -206,7 +254,7 @@ def test_the_managers_methods_are_wrapped(rig: Rig) -> None:
     manager = FakeManager(rig.pool)
     asked: list[str] = []
 
-    def make_room(request: Any, retry: Any) -> Any:
+    def make_room(request: Any, retry: Any, _: Any) -> Any:
         asked.append(request.request_id)
         rig.pins.release_all(ReleaseCause.PRESSURE)
         return retry()
@@ -227,6 +275,6 @@ def test_a_reset_of_the_prefix_cache_is_not_refused_for_pins(rig: Rig) -> None:
     rig.fill(a=2)
     assert not manager.reset_prefix_cache()
     wrap_allocation(
-        manager, lambda _, retry: retry(), lambda: rig.pins.release_all(ReleaseCause.RESET)
+        manager, lambda _, retry, __: retry(), lambda: rig.pins.release_all(ReleaseCause.RESET)
     )
     assert manager.reset_prefix_cache()

@@ -356,7 +356,7 @@ def test_turned_off_while_a_lookup_is_answered(tmp_path: Path) -> None:
     tier.answer_after = 1
     engine.add(follow_up(first, "r2"))
     engine.step()
-    engine.half._poll(engine.now_s)
+    engine.half.answers.poll(engine.now_s)
     assert tier.leaks()
     switch.write_text("off")
     engine.now_s += 2.0
@@ -420,8 +420,8 @@ def test_aborted_at_any_moment(engine: MiniEngine, tier: VirtualTier, moment: st
     for _ in range(steps):
         engine.step()
     if moment == "answered":
-        engine.half._poll(engine.now_s)
-        engine.half._poll(engine.now_s)
+        engine.half.answers.poll(engine.now_s)
+        engine.half.answers.poll(engine.now_s)
         assert engine.half.reader.hit_chunks("r2") == 4
     elif moment == "loading":
         assert "r2" in engine.loading
@@ -520,11 +520,11 @@ def test_an_answer_from_before_the_loss_is_not_used(
     tier.answer_after = 1
     engine.add(follow_up(first, "r2"))
     engine.step()
-    engine.half._poll(engine.now_s)
+    engine.half.answers.poll(engine.now_s)
     assert engine.half.reader.hit_chunks("r2") == 4
     tier.lose()
     tier.come_back(restarted=restarted)
-    engine.half._poll(engine.now_s)
+    engine.half.answers.poll(engine.now_s)
     engine.run()
     assert [
         o for o in engine.workers.orders if o.request_id == "r2" and o.direction == "load"

@@ -154,7 +154,7 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
 
     @rule()
     def poll(self) -> None:
-        self.engine.half._poll(self.engine.now_s)
+        self.engine.half.answers.poll(self.engine.now_s)
 
     @rule()
     def reset_prefix_cache(self) -> None:

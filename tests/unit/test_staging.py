@@ -10,8 +10,8 @@ from kvtier.backend import StateChanged, TierState
 from kvtier.block_pool import VllmBlockPool
 from kvtier.chunk_keys import ChunkChain, chain_seed
 from kvtier.gpu_pin import PinTable
-from kvtier.orders import Order, OrderResult
-from kvtier.staging import ORDER_DEADLINE_S, OrderIds, Stager
+from kvtier.orders import Order, OrderIds, OrderResult
+from kvtier.staging import ORDER_DEADLINE_S, Stager
 from kvtier.stats import Stats
 from tests.unit.fake_vllm import BLOCK_TOKENS, FakePool, FakeRequest
 from tests.unit.virtual_tier import VirtualTier
@@ -154,11 +154,36 @@ def test_nothing_counts_before_its_commit(rig: Rig) -> None:
 def test_blocks_are_held_until_the_last_commit(rig: Rig) -> None:
     rig.start("t", chunks(4))
     assert rig.pool.references == dict.fromkeys(range(1, 9), 1), "whole chunks only"
-    (first,) = rig.orders()
+    first, second = rig.orders(2)
+    rig.end(second)
     rig.end(first)
     assert len(rig.pool.references) == 8
     rig.run()
     assert not rig.pool.references
+
+
+def test_splits_are_committed_in_order(rig: Rig) -> None:
+    """A commit tells how long the prefix is: out of order, every one but the last would see a hole."""
+    chain = chunks(4)
+    rig.start("t", chain)
+    first, second = rig.orders(2)
+    rig.end(second)
+    rig.advance()
+    assert rig.stager.staged_chunks("p", chain) == 0
+    rig.end(first)
+    rig.run()
+    assert rig.stager.staged_chunks("p", chain) == 4
+    assert rig.failures() == {}
+    assert rig.quiet
+
+
+def test_more_may_be_under_way_where_chunks_are_small(rig: Rig) -> None:
+    rig.stager._max_in_flight = 5
+    for i in range(2):
+        chain = chain_of(range(1000 * i, 1000 * i + 9 * CHUNK_TOKENS))
+        rig.start(f"t{i}", chain, program=f"p{i}", first_block=1 + 20 * i)
+    keys = [order.request_id for order in rig.orders(5)]
+    assert sorted(keys) == ["t0", "t0", "t0", "t1", "t1"], "in turn"
 
 
 def test_no_more_than_two_splits_are_under_way(rig: Rig) -> None:
@@ -264,6 +289,22 @@ def test_a_full_tier_keeps_what_fitted() -> None:
     assert rig.quiet
 
 
+def test_a_hole_found_in_a_full_tier_ends_the_job() -> None:
+    """The second split finds no room, then the first one's commit tells that there is a hole."""
+    rig = Rig(VirtualTier(n_slots=2 + SPLIT_CHUNKS))
+    chain = chunks(8)
+    rig.start("t1", chain_of(range(2 * CHUNK_TOKENS)))
+    rig.run()
+    rig.start("t2", chain)
+    (order,) = rig.orders()
+    rig.advance()
+    assert rig.failures() == {"stage_l1_full": 1}
+    rig.tier.table.drop("ns", "p")
+    rig.end(order)
+    rig.run()
+    assert rig.quiet
+
+
 def test_a_lost_prefix_is_staged_again_once(rig: Rig) -> None:
     chain = chunks(8)
     rig.start("t1", chain_of(range(2 * CHUNK_TOKENS)))
@@ -314,13 +355,14 @@ def test_two_engines_stage_the_same_chunks(rig: Rig) -> None:
 def test_a_lost_tier_ends_all_jobs(rig: Rig, *, restarted: bool) -> None:
     chain = chunks(4)
     rig.start("t1", chain)
-    (order,) = rig.orders()
+    orders = rig.orders(2)
     rig.start("t2", chunks(3, tail=1), program="q", first_block=20)
     rig.tier.lose()
     rig.advance()
     assert not rig.pool.references
     assert rig.stager.staged_chunks("p", chain) == 0
-    rig.end(order)
+    for order in orders:
+        rig.end(order)
     rig.tier.come_back(restarted=restarted)
     assert rig.run() == []
     assert rig.quiet

@@ -1,0 +1,89 @@
+"""Block ids as arrays, and how often each block is listed: what makes pins cheap at long contexts.
+
+A 100k-token turn has 6,250 blocks of 16 tokens. One walk over them in Python costs most of a
+millisecond; the same in numpy, some ten microseconds.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BlockIds: TypeAlias = NDArray[np.int32]
+"""Block ids in token order, shape (blocks,)."""
+
+
+def as_block_ids(block_ids: Sequence[int] | BlockIds) -> BlockIds:
+    """An array of these ids; an array is returned as it is, not copied."""
+    if isinstance(block_ids, np.ndarray):
+        return block_ids
+    # Three times as fast as numpy's own conversion of a list.
+    return np.frombuffer(array("i", block_ids), dtype=np.int32)
+
+
+def common_prefix(left: BlockIds, right: BlockIds) -> int:
+    """How many leading ids agree."""
+    n_both = min(len(left), len(right))
+    differ = left[:n_both] != right[:n_both]
+    return int(differ.argmax()) if differ.any() else n_both
+
+
+class BlockCounts:
+    """How often each block is listed.
+
+    Lists may share blocks; within one list each block comes once. `add` and `remove` of the same
+    lists cancel out.
+
+    Attributes:
+        n_distinct: Blocks listed at least once.
+    """
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(0, dtype=np.int32)
+        self.n_distinct = 0
+
+    def listed(self, block_ids: BlockIds) -> NDArray[np.bool_]:
+        """For each of these blocks, whether it is listed."""
+        self._reach(block_ids)
+        return self._counts[block_ids] > 0
+
+    def of(self, block_ids: BlockIds) -> NDArray[np.int32]:
+        """For each of these blocks, how often it is listed."""
+        self._reach(block_ids)
+        return self._counts[block_ids]
+
+    def all_listed(self) -> BlockIds:
+        """The listed blocks, ascending."""
+        return np.flatnonzero(self._counts).astype(np.int32)
+
+    def copy(self) -> NDArray[np.int32]:
+        """The counts by block id, to try something out."""
+        return self._counts.copy()
+
+    def add(self, block_ids: BlockIds) -> BlockIds:
+        """Count a list; returns the blocks that were not listed before."""
+        fresh: BlockIds = block_ids[~self.listed(block_ids)]
+        self._counts[block_ids] += 1
+        self.n_distinct += len(fresh)
+        return fresh
+
+    def remove(self, block_ids: BlockIds) -> BlockIds:
+        """Take a list out again; returns the blocks that are listed no more."""
+        self._counts[block_ids] -= 1
+        gone: BlockIds = block_ids[self._counts[block_ids] == 0]
+        self.n_distinct -= len(gone)
+        return gone
+
+    def _reach(self, block_ids: BlockIds) -> None:
+        """Grow the counts up to the highest id: the size of the pool need not be known."""
+        top = int(block_ids.max()) + 1 if len(block_ids) else 0
+        if top > len(self._counts):
+            grown = np.zeros(max(top, 2 * len(self._counts)), dtype=np.int32)
+            grown[: len(self._counts)] = self._counts
+            self._counts = grown

@@ -1,0 +1,52 @@
+"""The scheduler half's state, as gauges for `/metrics`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvtier.backend import TierBackend, TierState
+
+if TYPE_CHECKING:
+    from kvtier.engine_facts import EngineFacts
+    from kvtier.gpu_pin import PinTable
+    from kvtier.live_mode import LiveMode
+    from kvtier.policy import Policy
+    from kvtier.programs import ProgramTable
+    from kvtier.staging import Stager
+    from kvtier.stats import Stats
+
+
+class Gauges:
+    """Reads the parts of a scheduler half once a step."""
+
+    def __init__(
+        self,
+        facts: EngineFacts,
+        tier: TierBackend,
+        programs: ProgramTable,
+        pins: PinTable,
+        stager: Stager,
+        policy: Policy,
+        mode: LiveMode,
+        stats: Stats,
+    ) -> None:
+        self._facts = facts
+        self._tier = tier
+        self._programs = programs
+        self._pins = pins
+        self._stager = stager
+        self._policy = policy
+        self._mode = mode
+        self._stats = stats
+
+    def set(self, waiting_tokens: int) -> None:
+        """Set all gauges; `waiting_tokens` are those of requests that wait for their blocks."""
+        gauge = self._stats.gauge
+        gauge("programs", len(self._programs))
+        gauge("pinned_blocks", self._pins.pinned_blocks)
+        gauge("pinned_bytes", self._pins.pinned_blocks * self._facts.block_bytes)
+        gauge("held_blocks", self._pins.held_blocks)
+        gauge("staging_jobs", self._stager.n_jobs)
+        gauge("queue_delay_seconds", self._policy.queue_delay_s(waiting_tokens))
+        gauge("tier_ready", float(self._tier.state is TierState.READY))
+        gauge("mode", float(self._mode.mode.level))
