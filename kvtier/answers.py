@@ -67,6 +67,7 @@ class Answers:
             self._stats.count("failures", 1, "tier_lost")
             self._reader.tier_lost()
         self._stager.forget_all()
+        self._stats.due()
 
     def _complete(self, result: OrderResult) -> None:
         if result.ok and result.seconds > 0 and result.n_bytes > 0:

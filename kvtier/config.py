@@ -155,7 +155,9 @@ class Settings(BaseSettings):
         "older programs first. working_set: also holds new programs back until they fit.",
     )
     aging_s: Seconds = Field(
-        default=120.0, description="Waiting time after which a request is passed by no newcomer, s."
+        default=120.0,
+        description="Waiting time after which a request comes before all that have waited for less, "
+        "s. Sooner where computing all busy programs' contexts anew would take less; 0: never.",
     )
     max_defer_s: Seconds = Field(
         default=300.0, description="Longest time that a request may be held back for others, s."

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from kvtier.backend import TierBackend, TierState
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvtier.engine_facts import EngineFacts
     from kvtier.gpu_pin import PinTable
     from kvtier.live_mode import LiveMode
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class Gauges:
-    """Reads the parts of a scheduler half once a step."""
+    """Reads the parts of a scheduler half when somebody wants the figures.
+
+    `waiting_tokens` returns the tokens of requests that wait for their blocks.
+    """
 
     def __init__(
         self,
@@ -29,6 +34,7 @@ class Gauges:
         policy: Policy,
         mode: LiveMode,
         stats: Stats,
+        waiting_tokens: Callable[[], int],
     ) -> None:
         self._facts = facts
         self._tier = tier
@@ -38,15 +44,16 @@ class Gauges:
         self._policy = policy
         self._mode = mode
         self._stats = stats
+        self._waiting_tokens = waiting_tokens
 
-    def set(self, waiting_tokens: int) -> None:
-        """Set all gauges; `waiting_tokens` are those of requests that wait for their blocks."""
+    def set(self) -> None:
+        """Set all gauges."""
         gauge = self._stats.gauge
         gauge("programs", len(self._programs))
         gauge("pinned_blocks", self._pins.pinned_blocks)
         gauge("pinned_bytes", self._pins.pinned_blocks * self._facts.block_bytes)
         gauge("held_blocks", self._pins.held_blocks)
         gauge("staging_jobs", self._stager.n_jobs)
-        gauge("queue_delay_seconds", self._policy.queue_delay_s(waiting_tokens))
+        gauge("queue_delay_seconds", self._policy.queue_delay_s(self._waiting_tokens()))
         gauge("tier_ready", float(self._tier.state is TierState.READY))
         gauge("mode", float(self._mode.mode.level))

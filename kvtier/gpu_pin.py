@@ -8,8 +8,11 @@ Two kinds of reference:
 - a **pin** keeps the KV of a finished turn until its deadline, its program's return, or pressure;
 - a **hold** keeps blocks while a copy reads them, and ends with the copy alone.
 
-Invariants: a block is referenced here once for each pin and each hold that lists it, and by nobody else
-through this table; `release_all` returns the pool to where it was; pinned blocks (counted once, however
+A hold that begins on the first blocks of a pin shares the pin's references, as taking and dropping them
+costs time; when the pin ends first, those references become the hold's.
+
+Invariants: a block is referenced here once for each pin and each hold that lists it, unless the hold
+shares a pin's, and by nobody else through this table; `release_all` returns the pool to where it was; pinned blocks (counted once, however
 many pins share them) never exceed the budget.
 """
 
@@ -92,6 +95,7 @@ class PinTable:
     _pins: dict[str, Pin] = field(default_factory=dict)
     _by_program: dict[str, dict[str, None]] = field(default_factory=dict)
     _holds: dict[str, BlockIds] = field(default_factory=dict)
+    _shares: dict[str, str] = field(default_factory=dict)
     _pinned: BlockCounts = field(default_factory=BlockCounts)
     _held: BlockCounts = field(default_factory=BlockCounts)
     _loose_blocks: int = 0
@@ -183,7 +187,10 @@ class PinTable:
             del self._by_program[pin.program]
         gone = self._pinned.remove(pin.block_ids)
         self._loose_blocks -= len(gone) - int(np.count_nonzero(self._held.listed(gone)))
-        self.pool.release(pin.block_ids)
+        heir = self._shares.pop(key, None)
+        n_inherited = len(self._holds[heir]) if heir is not None else 0
+        if n_inherited < len(pin.block_ids):
+            self.pool.release(pin.block_ids[n_inherited:])
         return Released(pin, cause)
 
     def unpin_program(self, program: str, cause: ReleaseCause) -> list[Released]:
@@ -206,6 +213,7 @@ class PinTable:
         Exact, and walks the pinned blocks; `loose_blocks` is an upper bound that costs nothing.
         """
         pinned = self._pinned.all_listed()
+        pinned = pinned[~self._held.listed(pinned)]
         ours = self._pinned.of(pinned)
         return int(np.count_nonzero(self.pool.references(pinned) == ours))
 
@@ -245,8 +253,15 @@ class PinTable:
                 return chosen
         return None
 
-    def hold(self, key: str, block_ids: Sequence[int] | BlockIds) -> None:
+    def hold(
+        self, key: str, block_ids: Sequence[int] | BlockIds, *, share: str | None = None
+    ) -> None:
         """Keep blocks while a copy reads them.
+
+        Args:
+            key: Names the hold.
+            block_ids: The blocks.
+            share: A pin whose references the hold shares if it can.
 
         Raises:
             ValueError: `key` holds blocks already.
@@ -255,7 +270,15 @@ class PinTable:
             message = f"{key} holds blocks already"
             raise ValueError(message)
         ids = as_block_ids(block_ids)
-        self.pool.acquire(ids)
+        pin = self._pins.get(share) if share is not None else None
+        if (
+            pin is not None
+            and pin.key not in self._shares
+            and np.array_equal(pin.block_ids[: len(ids)], ids)
+        ):
+            self._shares[pin.key] = key
+        else:
+            self.pool.acquire(ids)
         self._loose_blocks -= int(np.count_nonzero(self._pinned.listed(self._held.add(ids))))
         self._holds[key] = ids
 
@@ -265,7 +288,17 @@ class PinTable:
         if ids is None:
             return
         self._loose_blocks += int(np.count_nonzero(self._pinned.listed(self._held.remove(ids))))
-        self.pool.release(ids)
+        sharing = next((pin for pin, hold in self._shares.items() if hold == key), None)
+        if sharing is not None:
+            del self._shares[sharing]
+        else:
+            self.pool.release(ids)
+
+    def references(self) -> list[BlockIds]:
+        """The blocks of every reference that this table has taken, for those who check the pool."""
+        shared = set(self._shares.values())
+        holds = [ids for key, ids in self._holds.items() if key not in shared]
+        return [*(pin.block_ids for pin in self._pins.values()), *holds]
 
     def release_all(self, cause: ReleaseCause) -> list[Released]:
         """End every pin and every hold."""

@@ -133,8 +133,6 @@ class Pauses:
         )
         if shadow:
             return None
-        if stage and chain is not None:
-            self._stage(turn, decision, blocks, chain)
         pinned_blocks = 0
         if pin:
             keep = blocks[: self._facts.blocks_of(decision.keep_tokens)]
@@ -149,6 +147,9 @@ class Pauses:
             ):
                 pinned_blocks = len(keep)
                 self._stats.sample("ttl_seconds", decision.ttl_s)
+        if stage and chain is not None:
+            # After the pin, whose references staging can share.
+            self._stage(turn, decision, blocks, chain)
         return {
             "action": decision.action,
             "ttl_s": round(decision.ttl_s, 3) if pinned_blocks else 0.0,

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from kvtier.staging import Stager
     from kvtier.stats import Stats
 
+LOOKUP_DEADLINE_S = 1.0
+"""A healthy tier answers within milliseconds; one that is silent is given up only after seconds."""
+
 
 class Returns:
     """Chooses between GPU copy, reload and recompute for requests that are about to start."""
@@ -53,12 +56,17 @@ class Returns:
         chunk = self._facts.chunk_tokens
         return (int(turn.request.num_tokens) - 1) // chunk * chunk
 
-    def hit_tokens(self, turn: Turn, readable: int, wait: Callable[[], None]) -> int | None:
+    def hit_tokens(
+        self, turn: Turn, readable: int, now_s: float, wait: Callable[[], None]
+    ) -> int | None:
         """Tokens from the prompt's start that the tier holds and has locked; None while it is asked.
+
+        A request whose answer does not come in `LOOKUP_DEADLINE_S` goes on without the tier.
 
         Args:
             turn: The request.
             readable: See `readable_tokens`.
+            now_s: Monotonic time.
             wait: Called once after asking: waits a moment for the answer.
         """
         if not self._reader.asked(turn.request_id):
@@ -66,10 +74,16 @@ class Returns:
             if not len(chain):
                 return 0
             self._reader.ask(turn.request_id, turn.program, chain)
+            turn.asked_s = now_s
             wait()
         hit = self._reader.hit_chunks(turn.request_id)
         if hit is None:
-            return None
+            if now_s - turn.asked_s < LOOKUP_DEADLINE_S:
+                return None
+            self._stats.count("failures", 1, "lookup_late")
+            self._reader.release(turn.request_id)
+            turn.bypass_tier = True
+            return 0
         if turn.chain is not None:
             self._stager.correct(turn.program, turn.chain, hit)
         return min(hit * self._facts.chunk_tokens, readable)

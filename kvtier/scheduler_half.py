@@ -85,7 +85,7 @@ class SchedulerHalf:
         self._waiting_tokens: dict[str, int] = {}
         self._epoch = 0
         self._running_requests = 0
-        self._was_off = False
+        self._seen_mode: Mode | None = None
         self.reader = TierReader(
             tier,
             stats,
@@ -144,7 +144,7 @@ class SchedulerHalf:
         )
         self.room = Room(pool, self.pins, self.stager, self.endings.note)
         self.endings.bind(self.stager, self.returns)
-        self._gauges = Gauges(
+        self.stats.read_gauges = Gauges(
             self.facts,
             self.tier,
             self.programs,
@@ -153,7 +153,8 @@ class SchedulerHalf:
             self.policy,
             self._mode,
             self.stats,
-        )
+            lambda: sum(self._waiting_tokens.values()),
+        ).set
         self.answers = Answers(
             self.facts,
             self.tier,
@@ -209,7 +210,7 @@ class SchedulerHalf:
             self.reader.release(request.request_id)
             return 0
         hit = self.returns.hit_tokens(
-            turn, readable, lambda: self.answers.poll(now_s, self._lookup_wait_s)
+            turn, readable, now_s, lambda: self.answers.poll(now_s, self._lookup_wait_s)
         )
         if hit is None:
             return None
@@ -355,7 +356,6 @@ class SchedulerHalf:
                 round_s=self.policy.recompute_s(*self.admission.busy),
             )
         )
-        self._gauges.set(sum(self._waiting_tokens.values()))
         return StepOrders(region=self.tier.region, loads=loads, stores=stores)
 
     def on_results(self, results: Iterable[OrderResult]) -> None:
@@ -390,10 +390,12 @@ class SchedulerHalf:
     def _housekeep(self, now_s: float) -> None:
         self.answers.poll(now_s)
         mode = self._mode.refresh(now_s)
-        if mode is Mode.OFF and not self._was_off:
-            self.stager.cancel_all()
-            self.endings.note(*self.pins.release_all(ReleaseCause.OFF))
-        self._was_off = mode is Mode.OFF
+        if mode is not self._seen_mode:
+            self._seen_mode = mode
+            self.stats.due()
+            if mode is Mode.OFF:
+                self.stager.cancel_all()
+                self.endings.note(*self.pins.release_all(ReleaseCause.OFF))
         self.endings.note(*self.pins.expire(now_s))
         for gone in self.programs.forget(now_s):
             self.endings.program_gone(gone)

@@ -165,7 +165,7 @@ class Stager:
             ):
                 self.cancel(other.key)
         blocks = as_block_ids(block_ids)[: len(chain) * self._chunk_blocks]
-        self._pins.hold(f"stage:{key}", blocks)
+        self._pins.hold(f"stage:{key}", blocks, share=key)
         self._jobs[key] = StageJob(
             key, program, chain, blocks, value_s, lease_s, next_chunk=done, end_chunk=len(chain)
         )

@@ -7,7 +7,10 @@ The scheduler half counts into `Stats`; `kvtier.metrics` carries `Stats.take()` 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 _FINE_SECONDS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
@@ -79,6 +82,8 @@ class Stats:
         self._gauges: dict[str, float] = {}
         self._samples: dict[str, list[float]] = {}
         self.totals: dict[str, float] = {}
+        self.read_gauges: Callable[[], None] | None = None
+        self._is_due = False
 
     def count(self, name: str, value: float = 1, *labels: str) -> None:
         """Add to a counter; `labels` in the order of `METRICS`."""
@@ -96,10 +101,17 @@ class Stats:
         if len(values) < MAX_SAMPLES:
             values.append(value)
 
+    def due(self) -> None:
+        """Let the next `take` carry the gauges even if nothing was counted."""
+        self._is_due = True
+
     def take(self) -> dict[str, Any]:
-        """What has come since the last call; empty when nothing has."""
-        if not self._counters and not self._samples:
+        """What has come since the last call; empty when nothing has. Gauges are read here."""
+        if not self._counters and not self._samples and not self._is_due:
             return {}
+        self._is_due = False
+        if self.read_gauges is not None:
+            self.read_gauges()
         data = {"counters": self._counters, "gauges": dict(self._gauges), "samples": self._samples}
         self._counters, self._samples = {}, {}
         return data

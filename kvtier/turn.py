@@ -23,13 +23,14 @@ class Turn:
         arrived_s: Monotonic time of arrival.
         predicted_wait_s: Queue delay predicted at arrival, to correct the prediction later.
         chain: Chunk keys of its prompt, once they were needed.
+        asked_s: When the CPU tier was asked for its prompt.
         local_tokens: Prompt tokens found in GPU memory when last asked.
         predicted_load_s: The cost model's estimate for the load, when last decided.
         return_choice: The last decision on its return, to tell when it changes.
         started: Whether it has been given blocks.
         counted: Whether its prompt tokens were counted by source.
         uncounted_load_tokens: Prompt tokens whose source depends on how their load ends.
-        bypass_tier: A load failed: recompute, do not ask again.
+        bypass_tier: A load failed or an answer was late: recompute, do not ask again.
     """
 
     request: Any
@@ -40,6 +41,7 @@ class Turn:
     arrived_s: float
     predicted_wait_s: float
     chain: ChunkChain | None = None
+    asked_s: float = 0.0
     local_tokens: int = 0
     predicted_load_s: float = 0.0
     return_choice: object = None

@@ -153,10 +153,8 @@ class Engine:
         for _, blocks in self.scheduler.deferred_frees:
             named.update(b.block_id for b in blocks if not b.is_null)
         if self.connector is not None and self.connector.scheduler_half is not None:
-            for pin in self.half.pins.pins():
-                named.update(pin.block_ids)
-            for held in self.half.pins._holds.values():
-                named.update(held)
+            for block_ids in self.half.pins.references():
+                named.update(block_ids.tolist())
         return named
 
     def check(self) -> None:

@@ -180,6 +180,7 @@ class PinMachine(RuleBasedStateMachine):
         self.pins = PinTable(self.pool, BUDGET)
         self.pinned: dict[str, Pin] = {}
         self.held: dict[str, tuple[int, ...]] = {}
+        self.shared: dict[str, str] = {}
         self.now_s = 0.0
         self.next_key = 0
 
@@ -226,6 +227,7 @@ class PinMachine(RuleBasedStateMachine):
         """What `Room` does when a waiting request does not fit even without pins."""
         keys = data.draw(st.lists(st.sampled_from(sorted(self.pinned)), unique=True))
         ended = [self.pins.unpin(key, ReleaseCause.PRESSURE) for key in keys]
+        self.shared = {hold: pin for hold, pin in self.shared.items() if pin not in keys}
         for released in reversed(ended):
             assert released is not None
             self.pins.repin(released.pin)
@@ -251,12 +253,26 @@ class PinMachine(RuleBasedStateMachine):
         self.pins.hold(f"h{self.next_key}", blocks)
         self.held[f"h{self.next_key}"] = tuple(blocks)
 
+    @precondition(lambda self: self.pinned)
+    @rule(data=st.data(), n_blocks=st.integers(0, 6))
+    def hold_what_is_pinned(self, data: st.DataObject, n_blocks: int) -> None:
+        self.next_key += 1
+        key, pin = f"h{self.next_key}", data.draw(st.sampled_from(sorted(self.pinned)))
+        blocks = self.pinned[pin].block_ids[:n_blocks].tolist()
+        before = self.pool.counts.copy()
+        self.pins.hold(key, blocks, share=pin)
+        self.held[key] = tuple(blocks)
+        if pin not in self.shared.values():
+            assert self.pool.counts == before, "no references are taken twice"
+            self.shared[key] = pin
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def unhold(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(sorted(self.held)))
         self.pins.unhold(key)
         del self.held[key]
+        self.shared.pop(key, None)
 
     @rule(block=st.integers(0, N_BLOCKS - 1))
     def request_takes(self, block: int) -> None:
@@ -282,9 +298,12 @@ class PinMachine(RuleBasedStateMachine):
         listed = Counter(self.foreign)
         for pin in self.pinned.values():
             listed.update(pin.block_ids)
-        for blocks in self.held.values():
-            listed.update(blocks)
+        for key, blocks in self.held.items():
+            if self.shared.get(key) not in self.pinned:
+                listed.update(blocks)
         assert +self.pool.counts == +listed
+        ours = Counter(b for ids in self.pins.references() for b in ids.tolist())
+        assert +(ours + self.foreign) == +listed
 
     @invariant()
     def views_agree(self) -> None:

@@ -15,7 +15,7 @@ from kvtier.orders import OrderIds
 from kvtier.policy import Policy, PolicyConfig
 from kvtier.reading import TierReader
 from kvtier.request_params import RequestHints
-from kvtier.returns import Returns
+from kvtier.returns import LOOKUP_DEADLINE_S, Returns
 from kvtier.stage_jobs import Staged
 from kvtier.staging import Stager
 from kvtier.stats import Stats
@@ -37,6 +37,7 @@ class Rig:
     """`Returns` with its surroundings, and a tier that holds what `store` puts there."""
 
     def __init__(self, config: PolicyConfig | None = None, log_path: Path | None = None) -> None:
+        self.now_s = 100.0
         self.facts = engine_facts()
         self.tier = VirtualTier()
         pool = VllmBlockPool(FakePool(60))
@@ -97,7 +98,9 @@ class Rig:
             self.reader.on_event(event)  # type: ignore[arg-type]
 
     def hit(self, turn: Turn) -> int | None:
-        return self.returns.hit_tokens(turn, self.returns.readable_tokens(turn), self.wait)
+        return self.returns.hit_tokens(
+            turn, self.returns.readable_tokens(turn), self.now_s, self.wait
+        )
 
     def pin(self, key: str, blocks: Sequence[int], prompt_blocks: int, program: str = "p") -> None:
         data = PinnedTurn("bash", len(blocks) * BLOCK_TOKENS, prompt_blocks, 1.0)
@@ -116,6 +119,21 @@ def test_whole_chunks_without_the_last_token_are_readable(
     rig: Rig, prompt_tokens: int, readable: int
 ) -> None:
     assert rig.returns.readable_tokens(rig.turn(prompt_tokens)) == readable
+
+
+def test_a_late_answer_is_not_waited_for(rig: Rig) -> None:
+    rig.store(16)
+    rig.tier.answer_after = 1
+    turn = rig.turn(30)
+    assert rig.hit(turn) is None
+    rig.now_s += LOOKUP_DEADLINE_S * 0.9
+    assert rig.hit(turn) is None
+    rig.now_s += LOOKUP_DEADLINE_S * 0.1
+    assert rig.hit(turn) == 0
+    assert turn.bypass_tier
+    assert rig.stats.totals["failures|lookup_late"] == 1
+    rig.wait()
+    assert not rig.tier.leaks(), "the answer came, and its locks were given back"
 
 
 def test_the_tier_is_asked_once_and_waited_for_once(rig: Rig) -> None:

@@ -177,8 +177,7 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
         entries = [*self.engine.waiting, *self.engine.running, *self.engine.loading.values()]
         holders = [
             *(entry.blocks for entry in entries),
-            *(pin.block_ids for pin in pins.pins()),
-            *pins._holds.values(),
+            *(block_ids.tolist() for block_ids in pins.references()),
         ]
         for blocks in holders:
             for block in blocks:
