@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 from kvtier import __version__
 from kvtier.admission import AdmissionConfig, AdmissionController
 from kvtier.backend import NoTier, TierBackend, TierState
-from kvtier.decision_log import DecisionLog
-from kvtier.engine_facts import EngineFacts
-from kvtier.gaps import GapBook
-from kvtier.live_mode import LiveMode, Mode
 from kvtier.policy import Policy, PolicyConfig
 from kvtier.programs import ProgramLimits, ProgramTable
 from kvtier.scheduler_half import SchedulerHalf
 from kvtier.stats import Stats
-from kvtier.tool_detection import ToolCallDetector
+from kvtier.tools.detection import ToolCallDetector
+from kvtier.ttl.gaps import GapBook
 from kvtier.ttl_controller import OutputReuse
+from kvtier.turns.decision_log import DecisionLog
+from kvtier.turns.engine_facts import EngineFacts
+from kvtier.turns.live_mode import LiveMode, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -207,7 +207,9 @@ def connect_tier(
     from kvtier.lmcache_bridge import BridgeConfig, LMCacheBridge  # noqa: PLC0415 - needs zmq
 
     bridge = LMCacheBridge(
-        BridgeConfig(endpoint, facts.owner, facts.ranks, facts.slot_bytes), clock()
+        BridgeConfig(endpoint, facts.owner, facts.ranks, facts.slot_bytes),
+        clock(),
+        revive=None if lease is None else lease.revive,
     )
     if settings.tier == "require":
         _await_ready(bridge, clock)
@@ -218,7 +220,7 @@ def build_detector(
     vllm_config: Any, settings: Settings
 ) -> tuple[ToolCallDetector, Callable[[Sequence[int]], str]]:
     """The tool detector of the engine's model; says at start what it goes by."""
-    from kvtier.tool_formats import BASH_FENCE, format_of_parser, infer_format  # noqa: PLC0415
+    from kvtier.tools.formats import BASH_FENCE, format_of_parser, infer_format  # noqa: PLC0415
 
     tokenizer = _tokenizer(vllm_config)
     if tokenizer is None:
@@ -229,7 +231,7 @@ def build_detector(
 
     parser = None
     if settings.tool_call_parser is not None:
-        from kvtier.vllm_tool_parser import make_parser  # noqa: PLC0415
+        from kvtier.tools.vllm_parser import make_parser  # noqa: PLC0415
 
         tool_format = format_of_parser(settings.tool_call_parser)
         parser = make_parser(settings.tool_call_parser, tokenizer)
@@ -266,7 +268,7 @@ def build_worker_half(vllm_config: Any, kv_cache_config: Any, settings: Settings
 def _server_endpoint(settings: Settings, facts: EngineFacts) -> tuple[str, Any]:
     if settings.lmcache_url is not None:
         return settings.lmcache_url, None
-    from kvtier.server_files import default_run_dir, prepare_run_dir  # noqa: PLC0415
+    from kvtier.server.files import default_run_dir, prepare_run_dir  # noqa: PLC0415
     from kvtier.supervisor import ensure_server  # noqa: PLC0415
 
     run_dir = prepare_run_dir(default_run_dir())
@@ -282,7 +284,7 @@ def module_endpoint(run_dir: Path) -> str:
 
 def server_spec(settings: Settings, run_dir: Path) -> Any:
     """What the host's LMCache server is started with."""
-    from kvtier.server_launch import ServerSpec, default_dram_bytes  # noqa: PLC0415
+    from kvtier.server.launch import ServerSpec, default_dram_bytes  # noqa: PLC0415
 
     dram_bytes = (
         int(settings.dram_gb * (1 << 30)) if settings.dram_gb is not None else default_dram_bytes()

@@ -24,15 +24,15 @@ import numpy as np
 import psutil
 import torch
 
+from kvtier.copies.kv_layout import KVLayout
 from kvtier.copy_engine import CopyEngine, CopyOrder, CpuCopyEngine, Direction
-from kvtier.kv_layout import KVLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-    from kvtier.estimators import LinkModel
+    from kvtier.costs.estimators import LinkModel
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class LinkMeasurement:
 
     def model(self) -> LinkModel:
         """Return the estimators' model of this link."""
-        from kvtier.estimators import LinkModel  # noqa: PLC0415 - only where a model is wanted
+        from kvtier.costs.estimators import LinkModel  # noqa: PLC0415 - only where a model is wanted
 
         return LinkModel(latency_s=self.latency_s, points=self.points)
 
@@ -96,7 +96,7 @@ def _cpu_engine(layout: KVLayout, region: NDArray[np.uint8]) -> CopyEngine:
 
 
 def _cuda_engine(layout: KVLayout, region: NDArray[np.uint8]) -> CopyEngine:
-    from kvtier.copy_cuda import CudaCopyEngine  # noqa: PLC0415 - only where CUDA is
+    from kvtier.copies.cuda import CudaCopyEngine  # noqa: PLC0415 - only where CUDA is
 
     # Pinned memory of torch stands in for the registered region.
     tensor = torch.from_numpy(region).pin_memory()

@@ -59,8 +59,8 @@ def serve(
     Starts the host's LMCache server, or joins the one that runs. What your flags leave open is
     filled in: the connector, the tool parser, and on CPU the block size.
     """
-    from kvtier.serve_plan import ServeError, VllmFlags, plan_serve  # noqa: PLC0415
-    from kvtier.serve_process import read_chat_template, run_serve, runs_on_cpu  # noqa: PLC0415
+    from kvtier.serving.plan import ServeError, VllmFlags, plan_serve  # noqa: PLC0415
+    from kvtier.serving.process import read_chat_template, run_serve, runs_on_cpu  # noqa: PLC0415
     from kvtier.supervisor import SupervisorError  # noqa: PLC0415
 
     words, cpu = list(context.args), runs_on_cpu()
@@ -109,7 +109,7 @@ def doctor(
 ) -> None:
     """Check this host; the exit code is 1 when something must be changed."""
     from kvtier.doctor import Status, run_checks  # noqa: PLC0415
-    from kvtier.serve_process import runs_on_cpu  # noqa: PLC0415
+    from kvtier.serving.process import runs_on_cpu  # noqa: PLC0415
 
     extra = {} if chunk_tokens is None else {"kvtier.chunk_tokens": chunk_tokens}
     try:

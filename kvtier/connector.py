@@ -124,7 +124,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
 
     @_guarded(None)
     def _bind(self, manager: Any) -> None:
-        from kvtier.block_pool import VllmBlockPool, wrap_allocation  # noqa: PLC0415
+        from kvtier.turns.block_pool import VllmBlockPool, wrap_allocation  # noqa: PLC0415
 
         half = self.scheduler_half
         assert half is not None
@@ -318,7 +318,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 def _step_facts(output: Any) -> Any:
-    from kvtier.engine_facts import StepFacts  # noqa: PLC0415
+    from kvtier.turns.engine_facts import StepFacts  # noqa: PLC0415
 
     total = int(output.total_num_scheduled_tokens)
     scheduled: dict[str, int] = output.num_scheduled_tokens

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
-from kvtier.copy_kernel import (
+from kvtier.copies.kernel import (
     CONTROL_DEADLINE_NS,
     CONTROL_FIELDS,
     CONTROL_STOP,
@@ -28,7 +28,8 @@ from kvtier.copy_kernel import (
     CopyKernel,
     load_kernel,
 )
-from kvtier.copy_plan import (
+from kvtier.copies.kv_layout import KVLayout, KVLayoutError, Plane
+from kvtier.copies.plan import (
     NO_SLOT,
     CopyOrder,
     CopyOrderError,
@@ -37,7 +38,6 @@ from kvtier.copy_plan import (
     RunPlan,
     plan_order,
 )
-from kvtier.kv_layout import KVLayout, KVLayoutError, Plane
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,11 +6,11 @@ Every term is in seconds of delay, summed over the requests that suffer it:
 term                   meaning                                                     source
 =====================  ==========================================================  ================
 miss cost B            cheapest way back without the GPU copy, minus a GPU hit     link and prefill
-                       (:func:`~kvtier.return_decision.miss_cost_s`)               estimators
+                       (:func:`~kvtier.costs.return_decision.miss_cost_s`)               estimators
 requeue delay          the share of the blocks that would have to be waited for,   queue estimator,
                        times the queue delay; part of B                            block pool
 memory price           per block and second                                        block pool, queue
-                       (:func:`~kvtier.holding.memory_price_s_per_block_s`)        estimator
+                       (:func:`~kvtier.ttl.holding.memory_price_s_per_block_s`)        estimator
 survival S(t)          chance that the program is still away after t seconds       gap book
 staging cost           seconds on the store link times what a second of copying    link estimator,
                        costs each running request                                  calibration
@@ -29,30 +29,30 @@ copy in the tier:
 ``miss(tau) = S(tau) + (1 - S(tau)) * q``: the program is away longer than the TTL, or the pin was
 broken under pressure before (probability q): a pin is no promise, which is why it is staged too.
 
-The decision on a return is in :mod:`kvtier.return_decision`; both modules are reached from here.
+The decision on a return is in :mod:`kvtier.costs.return_decision`; both modules are reached from here.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from kvtier.estimators import LinkModel, PrefillModel
-from kvtier.gaps import SurvivalCurve
-from kvtier.holding import (
-    HoldReason,
-    MemoryState,
-    TtlBound,
-    TtlChoice,
-    memory_price_s_per_block_s,
-    optimal_ttl,
-)
-from kvtier.return_decision import (
+from kvtier.costs.estimators import LinkModel, PrefillModel
+from kvtier.costs.return_decision import (
     ReturnDecision,
     ReturnReason,
     ReturnState,
     decide_return,
     miss_cost_s,
     return_cost_s,
+)
+from kvtier.ttl.gaps import SurvivalCurve
+from kvtier.ttl.holding import (
+    HoldReason,
+    MemoryState,
+    TtlBound,
+    TtlChoice,
+    memory_price_s_per_block_s,
+    optimal_ttl,
 )
 
 __all__ = [
@@ -278,7 +278,7 @@ def decide_pause(state: PauseState, survival: SurvivalCurve) -> Decision:
 
     Args:
         state: the pause.
-        survival: gaps after such a turn (:meth:`~kvtier.gaps.GapBook.curve`).
+        survival: gaps after such a turn (:meth:`~kvtier.ttl.gaps.GapBook.curve`).
 
     Returns:
         The cheapest of pin, pin and stage, offload and drop; of equal costs the one that does

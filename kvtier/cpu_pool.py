@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kvtier.copy_plan import CopyOrder, CopyResult, Direction
-    from kvtier.kv_layout import KVLayout
+    from kvtier.copies.kv_layout import KVLayout
+    from kvtier.copies.plan import CopyOrder, CopyResult, Direction
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def default_engine(layout: KVLayout, region: SharedRegion) -> CopyEngine:
     if layout.device.type == "cpu":
         return CpuCopyEngine(layout, region.array)
     if layout.device.type == "cuda":
-        from kvtier.copy_cuda import CudaCopyEngine  # noqa: PLC0415 - only where CUDA is
+        from kvtier.copies.cuda import CudaCopyEngine  # noqa: PLC0415 - only where CUDA is
 
         region.pin()
         return CudaCopyEngine(layout, region.tensor)

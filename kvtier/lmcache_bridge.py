@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 import psutil
@@ -31,9 +32,16 @@ from kvtier.backend import (
     TierState,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 logger = logging.getLogger(__name__)
 
 _HELLO_ID = 0
+
+FIRST_REVIVAL_S = 15.0
+LONGEST_REVIVAL_S = 600.0
+"""A server that has been away for so long is called back; twice as long after each call in vain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +59,20 @@ class BridgeConfig:
 class LMCacheBridge:
     """See the module's docstring. Not thread-safe: used by the scheduler's thread."""
 
-    def __init__(self, config: BridgeConfig, now_s: float) -> None:
+    def __init__(
+        self, config: BridgeConfig, now_s: float, revive: Callable[[], None] | None = None
+    ) -> None:
+        """Connect in the background.
+
+        Args:
+            config: Where and what.
+            now_s: Monotonic time.
+            revive: Sees to it that there is a server; called now and then while there is none.
+        """
         self._config = config
+        self._revive = revive
+        self._revival_wait_s = FIRST_REVIVAL_S
+        self._revival_due_s = now_s + FIRST_REVIVAL_S
         self._state = TierState.CONNECTING
         self._region: Region | None = None
         self._zmq = zmq.Context()
@@ -168,6 +188,7 @@ class LMCacheBridge:
             self._go_away("timeout", f"no answer for {self._config.timeout_s:g} s")
         if self._state is not TierState.READY and self._incompatible is None:
             self._say_hello()
+            self._call_back()
         events, self._events = self._events, []
         return events
 
@@ -211,6 +232,16 @@ class LMCacheBridge:
             self._socket.send(wire.encoder.encode(hello), zmq.NOBLOCK)
         except zmq.Again:
             return
+
+    def _call_back(self) -> None:
+        if self._revive is None or self._now_s < self._revival_due_s:
+            return
+        self._revival_wait_s = min(2 * self._revival_wait_s, LONGEST_REVIVAL_S)
+        self._revival_due_s = self._now_s + self._revival_wait_s
+        try:
+            self._revive()
+        except OSError as error:
+            logger.warning("cannot see to the LMCache server: %s", error)
 
     def _receive(self, frame: bytes) -> None:
         try:
@@ -273,6 +304,8 @@ class LMCacheBridge:
         self._fail_pending(reason, detail)
         if self._state is not TierState.AWAY:
             self._state = TierState.AWAY
+            self._revival_wait_s = FIRST_REVIVAL_S
+            self._revival_due_s = self._now_s + FIRST_REVIVAL_S
             self._events.append(StateChanged(self._state, f"{reason}: {detail}"))
             # A new session: the server keeps what the old one holds until no copy can be using it.
             self._session += 1

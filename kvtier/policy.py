@@ -20,21 +20,21 @@ from kvtier.cost_model import (
     decide_pause,
     decide_return,
 )
-from kvtier.estimators import (
+from kvtier.costs.estimators import (
     LinkEstimator,
     LinkModel,
     PrefillEstimator,
     PrefillModel,
     QueueEstimator,
 )
-from kvtier.turn import PinnedTurn
+from kvtier.costs.pinned_turn import PinnedTurn
 
 if TYPE_CHECKING:
-    from kvtier.engine_facts import EngineFacts, StepFacts
-    from kvtier.gaps import GapBook
     from kvtier.gpu_pin import Pin
     from kvtier.orders import Calibration, OrderResult
+    from kvtier.ttl.gaps import GapBook
     from kvtier.ttl_controller import OutputReuse
+    from kvtier.turns.engine_facts import EngineFacts, StepFacts
 
 COLD_CPU_FLOPS = 1e11
 COLD_GPU_FLOPS = 3e14

@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Literal
 
-from kvtier.prefix_index import PrefixIndex
-from kvtier.program_records import (
+from kvtier.identity.prefix_index import PrefixIndex
+from kvtier.identity.program_records import (
     ActiveTurn,
     CensoredGap,
     FinishedTurn,
@@ -33,7 +33,7 @@ from kvtier.program_records import (
     TurnStart,
     bounded_name,
 )
-from kvtier.program_turns import continued, finish_turn, observe_gap, open_gaps, past_turn
+from kvtier.identity.program_turns import continued, finish_turn, observe_gap, open_gaps, past_turn
 
 __all__ = [
     "CensoredGap",

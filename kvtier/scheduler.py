@@ -16,9 +16,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from kvtier.admission import AdmissionConfig
-from kvtier.program_arrivals import ProgramArrivals, rank_s
-from kvtier.program_records import bounded_name
-from kvtier.request_params import parse_transfer_params
+from kvtier.identity.program_arrivals import ProgramArrivals, rank_s
+from kvtier.identity.program_records import bounded_name
+from kvtier.identity.request_params import parse_transfer_params
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -13,35 +13,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvtier.admission import AdmissionView
-from kvtier.answers import Answers
-from kvtier.arrivals import Arrivals
 from kvtier.backend import TierBackend, TierState
-from kvtier.endings import Endings
-from kvtier.gauges import Gauges
 from kvtier.gpu_pin import PinTable, ReleaseCause
-from kvtier.live_mode import LiveMode, Mode
 from kvtier.orders import OrderIds, StepOrders
-from kvtier.pauses import Pauses
-from kvtier.reading import TierReader
-from kvtier.request_view import reusable_blocks, was_aborted
-from kvtier.returns import Returns
-from kvtier.room import Room
-from kvtier.staging import Stager
-from kvtier.step_times import StepTimes
+from kvtier.turns.answers import Answers
+from kvtier.turns.arrivals import Arrivals
+from kvtier.turns.endings import Endings
+from kvtier.turns.gauges import Gauges
+from kvtier.turns.live_mode import LiveMode, Mode
+from kvtier.turns.pauses import Pauses
+from kvtier.turns.reading import TierReader
+from kvtier.turns.request_view import reusable_blocks, was_aborted
+from kvtier.turns.returns import Returns
+from kvtier.turns.room import Room
+from kvtier.turns.staging import Stager
+from kvtier.turns.step_times import StepTimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from kvtier.admission import AdmissionController
-    from kvtier.block_pool import VllmBlockPool
-    from kvtier.decision_log import DecisionLog
-    from kvtier.engine_facts import EngineFacts, StepFacts
     from kvtier.orders import OrderResult, WorkerReport
     from kvtier.policy import Policy
     from kvtier.programs import ProgramTable
     from kvtier.stats import Stats
-    from kvtier.tool_detection import ToolCallDetector
-    from kvtier.turn import Turn
+    from kvtier.tools.detection import ToolCallDetector
+    from kvtier.turns.block_pool import VllmBlockPool
+    from kvtier.turns.decision_log import DecisionLog
+    from kvtier.turns.engine_facts import EngineFacts, StepFacts
+    from kvtier.turns.turn import Turn
 
 
 class SchedulerHalf:

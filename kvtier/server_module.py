@@ -29,7 +29,7 @@ from lmcache.v1.distributed.error import L1Error
 from lmcache.v1.multiprocess.ext_server_module import ExtServerModuleComponents
 
 from kvtier import wire
-from kvtier.residency import ChunkId, ResidencyTable
+from kvtier.server.residency import ChunkId, ResidencyTable
 
 if TYPE_CHECKING:
     from lmcache.v1.multiprocess.engine_context import MPCacheServerContext

@@ -12,16 +12,10 @@ Engines of one run directory must share a PID namespace.
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
-from kvtier.server_files import (
+from kvtier.server.files import (
     LeaseFile,
     RunDirError,
     ServerFiles,
@@ -29,16 +23,26 @@ from kvtier.server_files import (
     default_run_dir,
     prepare_run_dir,
 )
-from kvtier.server_launch import (
+from kvtier.server.launch import (
     ServerSpec,
     SpecMismatchError,
     SupervisorError,
     check_joinable,
     default_dram_bytes,
-    server_environment,
+)
+from kvtier.server.overview import ServerSummary, StopResult, status, stop_all
+from kvtier.server.revival import request_revival, start_guardian
+from kvtier.server.state import (
+    ServerFailedError,
+    ServerState,
+    ServerStatus,
+    ServerTimeoutError,
+    state_of,
+    usable,
 )
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable
     from pathlib import Path
 
@@ -63,64 +67,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-GUARDIAN_START_TIMEOUT_S = 30.0
 REPUBLISH_TIMEOUT_S = 2.0
 _POLL_S = 0.05
 _PROGRESS_INTERVAL_S = 1.0
-
-
-class ServerFailedError(SupervisorError):
-    """The server, or its guardian, ended and will not come back by itself."""
-
-
-class ServerTimeoutError(SupervisorError):
-    """The server was not ready, or not gone, in time."""
-
-
-class ServerStatus(StrEnum):
-    """Whether the server can be used now."""
-
-    STARTING = "starting"
-    READY = "ready"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class ServerState:
-    """One consistent view of the server; the addresses are only good while it is `READY`.
-
-    `generation` grows with every start of the server. After a change, everything stored before is
-    gone, and `url`, `http_url` and `shm_name` are new.
-    """
-
-    status: ServerStatus
-    detail: str
-    generation: int = 0
-    url: str = ""
-    http_url: str = ""
-    shm_name: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSummary:
-    """One server of a run directory, for `kvtier doctor` and `kvtier status`."""
-
-    name: str
-    state: ServerState
-    guardian_pid: int | None
-    server_pid: int | None
-    lease_pids: tuple[int, ...]
-    spec: ServerSpec | None
-    log_path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class StopResult:
-    """What `stop_all` did with one server."""
-
-    name: str
-    stopped: bool
-    reason: str
 
 
 class ServerLease:
@@ -133,20 +82,22 @@ class ServerLease:
         self._files = files
         self._lease_file = lease_file
         self._last = record
+        self._revival: subprocess.Popen[str] | None = None
         self.warnings = tuple(warnings)
         """Differences between this engine's spec and the running server that do no harm."""
 
     def state(self) -> ServerState:
         """Return the state now: a small file read, no request to the server.
 
-        After `FAILED`, call `ensure_server` again; the old lease may be closed before or after.
+        After `FAILED`, call `revive`, or `ensure_server` again; the old lease may be closed before
+        or after.
         """
         record = self._files.read_record()
         if record is None:
             # Removed by a stop; or damaged, then the guardian writes it again in a moment.
-            return _state_of(self._last, gone="its state file is gone: it was stopped")
+            return state_of(self._last, gone="its state file is gone: it was stopped")
         self._last = record
-        return _state_of(record)
+        return state_of(record)
 
     def wait_ready(
         self, timeout_s: float, on_progress: Callable[[float, ServerState], None] | None = None
@@ -181,6 +132,18 @@ class ServerLease:
                 )
                 raise ServerTimeoutError(msg)
             time.sleep(_POLL_S)
+
+    def revive(self) -> None:
+        """Where nobody guards the server any more, have it started again; returns at once.
+
+        For engines that outlive a guardian which was killed, or gave up after too many crashes.
+        Call it seconds apart: each call costs a short-lived process.
+        """
+        if self._revival is not None and self._revival.poll() is None:
+            return
+        if self.state().status is ServerStatus.FAILED:
+            logger.warning("starting LMCache server %r again", self._files.name)
+            self._revival = request_revival(self._files, self._last.spec)
 
     @property
     def url(self) -> str:
@@ -250,7 +213,7 @@ def _elect(
 ) -> ServerLease:
     """Join the recorded server or start one. The caller holds the election lock."""
     warnings: list[str] = []
-    joining = record is not None and _usable(record)
+    joining = record is not None and usable(record)
     if record is not None and joining:
         warnings = check_joinable(record.spec, spec, record.versions)
         for warning in warnings:
@@ -258,146 +221,8 @@ def _elect(
     lease_file = LeaseFile(files, owner)
     try:
         if record is None or not joining:
-            record = _start_guardian(files, spec)
+            record = start_guardian(files, spec)
     except BaseException:
         lease_file.close()
         raise
     return ServerLease(files, lease_file, record, warnings)
-
-
-def _start_guardian(files: ServerFiles, spec: ServerSpec) -> ServerRecord:
-    """Start a detached guardian and return the record that it has published."""
-    command = [sys.executable, "-P", "-m", "kvtier.server_guardian"]
-    command += ["--run-dir", str(files.run_dir), "--name", files.name]
-    try:
-        done = subprocess.run(
-            command,
-            input=spec.to_json(),
-            capture_output=True,
-            text=True,
-            env=server_environment(spec),
-            start_new_session=True,
-            timeout=GUARDIAN_START_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        msg = f"the guardian of LMCache server {spec.name!r} did not start in {error.timeout:g} s"
-        raise SupervisorError(msg) from error
-    if done.returncode != 0:
-        msg = f"the guardian of LMCache server {spec.name!r} did not start:\n{done.stderr.strip()}"
-        raise SupervisorError(msg)
-    record = files.read_record()
-    if record is None:
-        msg = f"the guardian's state {files.record_path} vanished right after its start"
-        raise SupervisorError(msg)
-    return record
-
-
-def _usable(record: ServerRecord) -> bool:
-    return record.phase in {"starting", "ready"} and record.guardian.alive()
-
-
-def _state_of(record: ServerRecord, gone: str | None = None) -> ServerState:
-    if gone is not None and record.guardian.alive():
-        server_status, detail = ServerStatus.STARTING, "its state is being written again"
-    elif gone is not None:
-        server_status, detail = ServerStatus.FAILED, gone
-    elif record.phase == "failed":
-        server_status, detail = ServerStatus.FAILED, record.detail
-    elif record.phase == "stopping":
-        server_status, detail = ServerStatus.FAILED, f"it is being stopped: {record.detail}"
-    elif not record.guardian.alive():
-        server_status = ServerStatus.FAILED
-        detail = f"its guardian (pid {record.guardian.pid}) was killed"
-    else:
-        server_status, detail = ServerStatus(record.phase), record.detail
-    return ServerState(
-        server_status,
-        detail,
-        record.generation,
-        record.url,
-        record.http_url,
-        record.endpoint.shm_name,
-    )
-
-
-def _known_files(run_dir: Path) -> list[ServerFiles]:
-    names = {path.name.removesuffix(".json") for path in run_dir.glob("*.json")}
-    if (run_dir / "leases").is_dir():
-        names |= {path.name for path in (run_dir / "leases").iterdir()}
-    return [ServerFiles(run_dir, name) for name in sorted(names)]
-
-
-def status(run_dir: Path | None = None) -> list[ServerSummary]:
-    """Return the servers of a run directory, also failed ones."""
-    run_dir = run_dir or default_run_dir()
-    if not run_dir.exists():
-        return []
-    summaries = []
-    for files in _known_files(prepare_run_dir(run_dir)):
-        with files.election():
-            record = files.read_record()
-            leases = files.held_leases()
-        if record is None and not leases:
-            continue
-        server = record.server if record is not None else None
-        summaries.append(
-            ServerSummary(
-                name=files.name,
-                state=ServerState(ServerStatus.FAILED, "no state file")
-                if record is None
-                else _state_of(record),
-                guardian_pid=record.guardian.pid if record and record.guardian.alive() else None,
-                server_pid=server.pid if server is not None and server.alive() else None,
-                lease_pids=tuple(int(path.name.partition("-")[0]) for path in leases),
-                spec=record.spec if record is not None else None,
-                log_path=files.log_path,
-            )
-        )
-    return summaries
-
-
-def stop_all(
-    run_dir: Path | None = None, *, name: str | None = None, timeout_s: float = 30.0
-) -> list[StopResult]:
-    """Stop every server on which no lease is held (close your own first), without the grace.
-
-    Args:
-        run_dir: Where the servers' files are; default: the user's.
-        name: Only the server of this name.
-        timeout_s: For all of them together.
-
-    Returns:
-        One result per server that was running.
-
-    Raises:
-        ServerTimeoutError: a guardian did not end within `timeout_s` seconds.
-    """
-    run_dir = run_dir or default_run_dir()
-    if not run_dir.exists():
-        return []
-    results = []
-    deadline_s = time.monotonic() + timeout_s
-    for files in _known_files(prepare_run_dir(run_dir)):
-        if name is not None and files.name != name:
-            continue
-        with files.election():
-            record = files.read_record()
-            if record is None or not record.guardian.alive():
-                continue
-            if leases := files.held_leases():
-                reason = f"{len(leases)} other lease(s) held"
-                results.append(StopResult(files.name, stopped=False, reason=reason))
-                continue
-            # Signalled under the election lock: nobody joins a server that is about to end.
-            files.write_record(record.with_phase("stopping", "stop_all"))
-            os.kill(record.guardian.pid, signal.SIGTERM)
-        while record.guardian.alive():
-            if time.monotonic() >= deadline_s:
-                msg = (
-                    f"server {files.name!r} did not stop in {timeout_s:g} s; log: {files.log_path}"
-                )
-                raise ServerTimeoutError(msg)
-            time.sleep(_POLL_S)
-        results.append(StopResult(files.name, stopped=True, reason="no lease held"))
-    return results

@@ -1,6 +1,6 @@
 """Chooses how long pins live and which are released first, and learns what that depends on.
 
-The rule is :func:`kvtier.holding.optimal_ttl`; this module feeds it with learned gaps, overrides
+The rule is :func:`kvtier.ttl.holding.optimal_ttl`; this module feeds it with learned gaps, overrides
 and tenant budgets. Baselines (the Continuum paper's rule, a constant TTL) are not here.
 """
 
@@ -8,9 +8,9 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
-from kvtier.gaps import GapBook, SurvivalCurve
-from kvtier.holding import HoldReason, TtlBound, TtlChoice, optimal_ttl
-from kvtier.ttl_overrides import OverrideTable, Scope, TenantBudgets, TtlOverride
+from kvtier.ttl.gaps import GapBook, SurvivalCurve
+from kvtier.ttl.holding import HoldReason, TtlBound, TtlChoice, optimal_ttl
+from kvtier.ttl.overrides import OverrideTable, Scope, TenantBudgets, TtlOverride
 
 __all__ = [
     "HeldPin",
@@ -39,7 +39,7 @@ class HeldPin:
         miss_cost_s: B, seconds, with the copies that exist (a reload if the tier holds it;
             :class:`~kvtier.cost_model.PauseTerms`).
         price_s_per_block_s: price of memory
-            (:func:`~kvtier.holding.memory_price_s_per_block_s`).
+            (:func:`~kvtier.ttl.holding.memory_price_s_per_block_s`).
     """
 
     program: str | None
@@ -93,7 +93,7 @@ class TtlController:
         """Choose a TTL from now on; for a new pin, or for one that has been held for a while.
 
         Maximises ``integral_0^tau [f(t | waited) * B - S(t | waited) * price * blocks] dt``; see
-        :func:`~kvtier.holding.optimal_ttl`. Overrides and ``max_ttl_s`` count from the start of the
+        :func:`~kvtier.ttl.holding.optimal_ttl`. Overrides and ``max_ttl_s`` count from the start of the
         pause: the time waited is taken off. The tenant's budget then shortens the TTL, but not
         below a ``fixed`` or ``floor`` override, which overdraws it.
 

@@ -17,9 +17,9 @@ from kvtier.calibration import (
     profile_path,
     save_profile,
 )
-from kvtier.copy_plan import CopyOrder
+from kvtier.copies.kv_layout import KVLayout
+from kvtier.copies.plan import CopyOrder
 from kvtier.cpu_pool import CpuPool
-from kvtier.kv_layout import KVLayout
 from kvtier.orders import Calibration, Order, OrderResult, StepOrders
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvtier.backend import Region
-    from kvtier.copy_plan import CopyResult
+    from kvtier.copies.plan import CopyResult
 
 logger = logging.getLogger(__name__)
 

@@ -48,7 +48,7 @@ install_environment() {
     $venv/bin/uv pip install --python $venv --no-deps --require-hashes -r requirements/cpu.txt
     say "[4/5] torch (CPU)"
     install_torch
-    $venv/bin/python -m kvtier.vllm_shim
+    $venv/bin/python -m kvtier.setup.vllm_shim
 }
 
 install_kvtier() {
@@ -70,5 +70,5 @@ once() {
 
 once install_environment requirements/*.txt scripts/setup.sh
 once install_kvtier pyproject.toml
-model=$($venv/bin/python -m kvtier.setup_model)
+model=$($venv/bin/python -m kvtier.setup.model)
 say "ready: $venv, model $model"

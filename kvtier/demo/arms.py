@@ -15,9 +15,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from kvtier.demo.driver import MODEL_NAME
-from kvtier.engine_env import engine_env
 from kvtier.paths import cache_dir
-from kvtier.server_launch import LOOPBACK, Endpoint, ServerSpec, server_command
+from kvtier.server.launch import LOOPBACK, Endpoint, ServerSpec, server_command
+from kvtier.serving.engine_env import engine_env
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -27,8 +27,8 @@ from kvtier.demo.runner import DemoRun, run_arms
 from kvtier.demo.servers import ServerError, stop_on_sigterm
 from kvtier.demo.summary import print_summary
 from kvtier.demo.workload import Workload, WorkloadConfig, build_workload
-from kvtier.server_launch import SupervisorError, shm_free_bytes
-from kvtier.setup_model import ModelSetupError, ensure_model
+from kvtier.server.launch import SupervisorError, shm_free_bytes
+from kvtier.setup.model import ModelSetupError, ensure_model
 
 _GIB = 1 << 30
 _MIB = 1 << 20

@@ -20,7 +20,7 @@ from kvtier.demo.arms import (
 from kvtier.demo.driver import ArmRun, Driver
 from kvtier.demo.report import ArmResult, job_completion_s, read_decisions
 from kvtier.demo.servers import ServerGroup, free_ports
-from kvtier.server_launch import LOOPBACK, Endpoint
+from kvtier.server.launch import LOOPBACK, Endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

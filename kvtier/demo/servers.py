@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Self
 import httpx
 import psutil
 
-from kvtier.server_launch import LOOPBACK
+from kvtier.server.launch import LOOPBACK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

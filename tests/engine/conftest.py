@@ -107,8 +107,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def await_nothing_left(run_dir: Path) -> None:
     """Wait until no process and no shared memory of this run directory is left; fail if some stays."""
-    from kvtier.server_files import ServerFiles  # noqa: PLC0415
-    from kvtier.server_guardian import _shm_prefix  # noqa: PLC0415
+    from kvtier.server.files import ServerFiles  # noqa: PLC0415
+    from kvtier.server.guardian import _shm_prefix  # noqa: PLC0415
 
     prefix = _shm_prefix(ServerFiles(run_dir, "kvtier"))
     deadline_s = time.monotonic() + END_TIMEOUT_S

@@ -150,11 +150,12 @@ class Engine:
             self.half = self.connector.scheduler_half
             assert self.half is not None, "kvtier is passive"
             self._config = self.half.policy.config
+            self._admission = self.half.admission.config
             self._make_recompute_dear()
 
     def _make_recompute_dear(self) -> None:
         """Let the cost model believe in a large model, so that it pins, stages and reloads this one."""
-        from kvtier.estimators import PrefillEstimator, PrefillModel  # noqa: PLC0415
+        from kvtier.costs.estimators import PrefillEstimator, PrefillModel  # noqa: PLC0415
 
         facts = self.half.facts
         slow = PrefillModel.from_flops(10**9, facts.n_layers, facts.attention_width, 1e10)
@@ -300,6 +301,10 @@ class Engine:
         """Change the operator's settings of the running policy; `settle` restores them."""
         self.half.policy.config = dataclasses.replace(self.half.policy.config, **changes)
 
+    def admit_all(self) -> None:
+        """Hold nobody back for the sake of earlier scenarios' programs; `settle` ends that."""
+        self.half.admission.config = dataclasses.replace(self._admission, mode="off")
+
     @contextmanager
     def squeezed(self, n_free: int) -> Iterator[None]:
         """Leave `n_free` free blocks: as if other requests held the rest."""
@@ -359,6 +364,7 @@ class Engine:
     def settle(self) -> None:
         """Check that nothing is left of a scenario: blocks, locks, reservations; then forget all."""
         self.half.policy.config = self._config
+        self.half.admission.config = self._admission
         self.step_until(lambda: not self.core.has_unfinished_requests(), "unfinished requests")
         self.step_until(lambda: not self.half.has_work() and not self.half.reader.n_loads, "copies")
         assert self.connector.scheduler_half is self.half, "kvtier gave up"

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvtier.server_files import ServerFiles
+from kvtier.server.files import ServerFiles
 from tests.engine.engine_harness import BLOCK_TOKENS, CHUNK_TOKENS, readable, tokens
 from tests.engine.tier_probe import WAIT_S, server_status
 

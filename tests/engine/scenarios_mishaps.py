@@ -69,6 +69,7 @@ def aborted_while_loading(engine: Engine) -> None:
 def cancelled_staging(engine: Engine) -> None:
     """Memory runs short for a running request while a turn is staged: the turn is given up for it."""
     engine.await_tier()
+    engine.admit_all()
     other = engine.start(tokens("cancel-other", 300), 100)
     engine.step_until(lambda: engine.produced(other), "first token")
     request = engine.request(other)

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvtier.cli import app
-from kvtier.setup_model import is_ready, model_dir
+from kvtier.setup.model import is_ready, model_dir
 
 SHM = Path("/dev/shm")
 pytestmark = [

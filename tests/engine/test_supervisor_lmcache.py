@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from kvtier.server_files import ServerFiles
+from kvtier.server.files import ServerFiles
 from kvtier.supervisor import ServerSpec, ServerStatus, ensure_server, status, stop_all
 
 if TYPE_CHECKING:

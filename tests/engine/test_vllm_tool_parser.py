@@ -14,8 +14,8 @@ pytest.importorskip("vllm")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kvtier.tool_detection import FORMATS, ToolCall, ToolCallDetector, format_of_parser
-from kvtier.vllm_tool_parser import make_parser
+from kvtier.tools.detection import FORMATS, ToolCall, ToolCallDetector, format_of_parser
+from kvtier.tools.vllm_parser import make_parser
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

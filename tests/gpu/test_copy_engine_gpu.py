@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from kvtier.copy_cuda import CudaCopyEngine
+from kvtier.copies.cuda import CudaCopyEngine
 from kvtier.copy_engine import CopyOrder, KVLayout
 
 pytestmark = [

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from kvtier.engine_facts import EngineFacts
+from kvtier.turns.engine_facts import EngineFacts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

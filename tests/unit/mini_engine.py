@@ -11,18 +11,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvtier.admission import AdmissionConfig, AdmissionController
-from kvtier.block_pool import VllmBlockPool, wrap_allocation
-from kvtier.decision_log import DecisionLog
-from kvtier.engine_facts import StepFacts
-from kvtier.gaps import GapBook
-from kvtier.live_mode import LiveMode, Mode
 from kvtier.orders import Order, OrderResult, StepOrders
 from kvtier.policy import Policy, PolicyConfig
 from kvtier.programs import ProgramLimits, ProgramTable
 from kvtier.scheduler_half import SchedulerHalf
 from kvtier.stats import Stats
-from kvtier.tool_detection import ToolCallDetector
+from kvtier.tools.detection import ToolCallDetector
+from kvtier.ttl.gaps import GapBook
 from kvtier.ttl_controller import OutputReuse
+from kvtier.turns.block_pool import VllmBlockPool, wrap_allocation
+from kvtier.turns.decision_log import DecisionLog
+from kvtier.turns.engine_facts import StepFacts
+from kvtier.turns.live_mode import LiveMode, Mode
 from tests.unit.fake_vllm import BLOCK_TOKENS, FakePool, FakeRequest, content_of, engine_facts
 from tests.unit.virtual_tier import VirtualTier
 

@@ -16,7 +16,7 @@ from kvtier.admission import (
     AdmissionDecision,
     AdmissionView,
 )
-from kvtier.program_arrivals import ProgramArrivals, rank_s
+from kvtier.identity.program_arrivals import ProgramArrivals, rank_s
 from kvtier.working_set import WorkingSet
 
 FCFS = AdmissionConfig(mode="program_fcfs")

@@ -23,8 +23,8 @@ from kvtier.calibration import (
     profile_path,
     save_profile,
 )
+from kvtier.copies.kv_layout import KVLayout
 from kvtier.copy_engine import CpuCopyEngine
-from kvtier.kv_layout import KVLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable

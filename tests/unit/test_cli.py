@@ -23,8 +23,8 @@ runner = CliRunner()
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("KVTIER_MODE", "KVTIER_TOOL_CALL_PARSER", "KVTIER_CONFIG_FILE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("kvtier.serve_process.runs_on_cpu", lambda: True)
-    monkeypatch.setattr("kvtier.serve_plan._vllm", lambda: ["vllm"])
+    monkeypatch.setattr("kvtier.serving.process.runs_on_cpu", lambda: True)
+    monkeypatch.setattr("kvtier.serving.plan._vllm", lambda: ["vllm"])
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_serve_reports_a_bad_setting_in_the_flag(model: str) -> None:
 
 
 def test_serve_exit_code_is_vllms(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvtier.serve_process.run_serve", lambda *_, **__: 7)
+    monkeypatch.setattr("kvtier.serving.process.run_serve", lambda *_, **__: 7)
     assert runner.invoke(app, ["serve", model]).exit_code == 7
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvtier import copy_engine
-from kvtier.copy_cuda import CudaCopyEngine, word_views
+from kvtier.copies.cuda import CudaCopyEngine, word_views
 from kvtier.copy_engine import NO_SLOT
 from tests.unit.copy_cases import Case, cases, make_case, reference_load, reference_store
 

@@ -14,7 +14,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvtier import copy_engine, copy_kernel
+from kvtier import copy_engine
+from kvtier.copies import kernel as copy_kernel
+from kvtier.copies.kernel import compiled_kernel, python_kernel
 from kvtier.copy_engine import (
     NO_SLOT,
     CopyOrder,
@@ -24,7 +26,6 @@ from kvtier.copy_engine import (
     KVLayoutError,
     plan_order,
 )
-from kvtier.copy_kernel import compiled_kernel, python_kernel
 from tests.unit.copy_cases import (
     Case,
     cases,

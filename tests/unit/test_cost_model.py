@@ -23,8 +23,8 @@ from kvtier.cost_model import (
     pause_terms,
     return_cost_s,
 )
-from kvtier.estimators import LinkModel, PrefillModel
-from kvtier.gaps import TOOL_PRIOR, SurvivalCurve, kaplan_meier
+from kvtier.costs.estimators import LinkModel, PrefillModel
+from kvtier.ttl.gaps import TOOL_PRIOR, SurvivalCurve, kaplan_meier
 
 LINK = LinkModel(1e-3, ((65536, 25e9),))
 PREFILL = PrefillModel.from_flops(8e9, 32, 4096, 4e14)

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from kvtier import cpu_pool
+from kvtier.copies.kernel import compiled_kernel
 from kvtier.copy_engine import CLOSED, CpuCopyEngine
-from kvtier.copy_kernel import compiled_kernel
 from kvtier.cpu_pool import CpuPool, SharedRegion, SharedRegionError
 from tests.unit.copy_cases import Case, make_case, reference_store
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from kvtier.copies.kv_layout import KVLayout
     from kvtier.copy_engine import CopyEngine
-    from kvtier.kv_layout import KVLayout
 
 WAIT_S = 30.0
 SIZE = 1 << 16

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvtier.decision_log import DecisionLog
+from kvtier.turns.decision_log import DecisionLog
 
 if TYPE_CHECKING:
     from pathlib import Path

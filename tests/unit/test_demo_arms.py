@@ -13,7 +13,7 @@ from kvtier.cli import app
 from kvtier.config import Settings
 from kvtier.demo import arms
 from kvtier.demo.arms import EngineConfig
-from kvtier.server_launch import Endpoint
+from kvtier.server.launch import Endpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.estimators import (
+from kvtier.costs.estimators import (
     LinkEstimator,
     LinkModel,
     PrefillEstimator,

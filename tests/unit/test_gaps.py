@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.gaps import (
+from kvtier.ttl.gaps import (
     _LEVELS,
     TOOL_PRIOR,
     TURN_PRIOR,

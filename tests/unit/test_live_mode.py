@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvtier.live_mode import CHECK_INTERVAL_S, LiveMode, Mode
+from kvtier.turns.live_mode import CHECK_INTERVAL_S, LiveMode, Mode
 
 if TYPE_CHECKING:
     from pathlib import Path

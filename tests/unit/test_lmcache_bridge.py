@@ -22,7 +22,7 @@ from kvtier.backend import (
     TierState,
 )
 from kvtier.lmcache_bridge import BridgeConfig, LMCacheBridge
-from kvtier.residency import ResidencyTable
+from kvtier.server.residency import ResidencyTable
 from tests.unit.fake_l1 import FakeL1
 
 if TYPE_CHECKING:
@@ -123,7 +123,10 @@ class Client:
     def __init__(self, endpoint: str) -> None:
         self.now_s = 1000.0
         config = BridgeConfig(endpoint, "engine", ranks=2, slot_bytes=100)
-        self.bridge = LMCacheBridge(config, self.now_s)
+        self.revivals_s: list[float] = []
+        self.bridge = LMCacheBridge(
+            config, self.now_s, revive=lambda: self.revivals_s.append(self.now_s)
+        )
         self.config = config
         self.events: list[TierEvent] = []
 
@@ -274,6 +277,24 @@ def test_a_server_that_comes_later_is_found(endpoint: str, client: Client) -> No
     server = Server(endpoint)
     client.ready()
     server.stop()
+
+
+def test_a_server_that_stays_away_is_called_back_ever_more_rarely(
+    endpoint: str, client: Client
+) -> None:
+    for _ in range(110):
+        client.now_s += 1
+        client.poll()
+    assert client.revivals_s == [1015, 1045, 1105]
+    server = Server(endpoint)
+    client.ready()
+    server.stop()
+    client.until(lambda: client.bridge.state is TierState.AWAY)
+    lost_s = client.now_s
+    for _ in range(50):
+        client.now_s += 1
+        client.poll()
+    assert client.revivals_s[3:] == [lost_s + 15, lost_s + 45]
 
 
 def test_a_silent_server_is_away_after_the_timeout(server: Server, client: Client) -> None:

@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvtier.backend import NoTier, TierBackend
-from kvtier.block_pool import VllmBlockPool
 from kvtier.chunk_keys import ChunkChain
-from kvtier.decision_log import DecisionLog
-from kvtier.gaps import GapBook
+from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.gpu_pin import Pin, PinTable, ReleaseCause
+from kvtier.identity.request_params import RequestHints
 from kvtier.orders import OrderIds, OrderResult
-from kvtier.pauses import Pauses
 from kvtier.policy import Policy, PolicyConfig
-from kvtier.request_params import RequestHints
-from kvtier.staging import Stager
 from kvtier.stats import Stats
-from kvtier.tool_detection import ToolCall
+from kvtier.tools.detection import ToolCall
+from kvtier.ttl.gaps import GapBook
 from kvtier.ttl_controller import OutputReuse
-from kvtier.turn import PinnedTurn, Turn
+from kvtier.turns.block_pool import VllmBlockPool
+from kvtier.turns.decision_log import DecisionLog
+from kvtier.turns.pauses import Pauses
+from kvtier.turns.staging import Stager
+from kvtier.turns.turn import Turn
 from tests.unit.fake_vllm import BLOCK_TOKENS, CHUNK_TOKENS, FakePool, FakeRequest, engine_facts
 from tests.unit.virtual_tier import VirtualTier
 

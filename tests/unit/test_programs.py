@@ -10,8 +10,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvtier.prefix_index import PrefixIndex
-from kvtier.program_records import bounded_name
+from kvtier.identity.prefix_index import PrefixIndex
+from kvtier.identity.program_records import bounded_name
 from kvtier.programs import (
     ProgramId,
     ProgramLimits,

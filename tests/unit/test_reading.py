@@ -8,9 +8,9 @@ import pytest
 
 from kvtier.backend import StateChanged
 from kvtier.orders import Order, OrderIds, OrderResult
-from kvtier.reading import LoadDone, TierReader
-from kvtier.staging import ORDER_DEADLINE_S
 from kvtier.stats import Stats
+from kvtier.turns.reading import LoadDone, TierReader
+from kvtier.turns.staging import ORDER_DEADLINE_S
 from tests.unit.fake_vllm import BLOCK_TOKENS
 from tests.unit.test_staging import CHUNK_BLOCKS, CHUNK_TOKENS, chunks
 from tests.unit.virtual_tier import VirtualTier

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.request_params import (
+from kvtier.identity.request_params import (
     MAX_TEXT_BYTES,
     MAX_TTL_S,
     NO_HINTS,

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from kvtier.residency import DISPLACE_MARGIN, ChunkId, ResidencyTable
+from kvtier.server.residency import DISPLACE_MARGIN, ChunkId, ResidencyTable
 from kvtier.wire import KEY_BYTES, split_keys
 from tests.unit.fake_l1 import FakeL1
 

@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvtier.block_pool import VllmBlockPool
-from kvtier.decision_log import DecisionLog
-from kvtier.gaps import GapBook
+from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.gpu_pin import PinTable, ReleaseCause
+from kvtier.identity.request_params import RequestHints
 from kvtier.orders import OrderIds
 from kvtier.policy import Policy, PolicyConfig
-from kvtier.reading import TierReader
-from kvtier.request_params import RequestHints
-from kvtier.returns import LOOKUP_DEADLINE_S, Returns
-from kvtier.stage_jobs import Staged
-from kvtier.staging import Stager
 from kvtier.stats import Stats
+from kvtier.ttl.gaps import GapBook
 from kvtier.ttl_controller import OutputReuse
-from kvtier.turn import PinnedTurn, Turn
+from kvtier.turns.block_pool import VllmBlockPool
+from kvtier.turns.decision_log import DecisionLog
+from kvtier.turns.reading import TierReader
+from kvtier.turns.returns import LOOKUP_DEADLINE_S, Returns
+from kvtier.turns.stage_jobs import Staged
+from kvtier.turns.staging import Stager
+from kvtier.turns.turn import Turn
 from tests.unit.fake_vllm import BLOCK_TOKENS, CHUNK_TOKENS, FakePool, FakeRequest, engine_facts
 from tests.unit.virtual_tier import VirtualTier
 

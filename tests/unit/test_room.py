@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvtier.block_pool import VllmBlockPool, wrap_allocation
 from kvtier.gpu_pin import PinTable, ReleaseCause
 from kvtier.orders import OrderIds
-from kvtier.room import Room
-from kvtier.staging import STALL_S, Stager
 from kvtier.stats import Stats
+from kvtier.turns.block_pool import VllmBlockPool, wrap_allocation
+from kvtier.turns.room import Room
+from kvtier.turns.staging import STALL_S, Stager
 from tests.unit.fake_vllm import FakePool, FakeRequest
 from tests.unit.test_staging import CHUNK_BLOCKS, chunks
 from tests.unit.virtual_tier import VirtualTier

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvtier.backend import NoTier
-from kvtier.live_mode import Mode
 from kvtier.policy import PolicyConfig
 from kvtier.programs import ProgramLimits
+from kvtier.turns.live_mode import Mode
 from tests.unit.fake_vllm import FakeRequest
 from tests.unit.mini_engine import MiniEngine
 from tests.unit.virtual_tier import VirtualTier

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvtier.serve_plan import ServeError, ServePlan, VllmFlags, plan_serve
+from kvtier.serving.plan import ServeError, ServePlan, VllmFlags, plan_serve
 
 if TYPE_CHECKING:
     from pathlib import Path

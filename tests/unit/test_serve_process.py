@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from kvtier.config import Settings
-from kvtier.serve_plan import ServePlan
-from kvtier.serve_process import read_chat_template, run_serve
+from kvtier.serving.plan import ServePlan
+from kvtier.serving.process import read_chat_template, run_serve
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,8 +35,8 @@ signal.pause()
 SERVE = """
 import sys
 from kvtier.config import Settings
-from kvtier.serve_plan import ServePlan
-from kvtier.serve_process import run_serve
+from kvtier.serving.plan import ServePlan
+from kvtier.serving.process import run_serve
 settings = Settings.load({"kvtier.tier": "off"}, {})
 sys.exit(run_serve(ServePlan(tuple(sys.argv[1:]), {}), "m", settings, cpu=True))
 """
@@ -103,7 +103,7 @@ def test_handlers_are_restored() -> None:
 
 
 def test_child_does_not_start_for_a_parent_that_is_gone() -> None:
-    command = [sys.executable, "-m", "kvtier.child_process", str(os.getpid() + 1), "true"]
+    command = [sys.executable, "-m", "kvtier.serving.child_process", str(os.getpid() + 1), "true"]
     assert subprocess.run(command, check=False).returncode == 128 + signal.SIGTERM
 
 

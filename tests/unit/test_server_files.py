@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtier import server_files
+from kvtier.server import files as server_files
 
 
 def test_run_dir_is_private_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtier import server_launch
-from kvtier.server_launch import ServerSpec, SupervisorError, default_dram_bytes
+from kvtier.server import launch as server_launch
+from kvtier.server.launch import ServerSpec, SupervisorError, default_dram_bytes
 
 
 def test_default_dram_bytes() -> None:

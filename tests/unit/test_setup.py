@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvtier import setup_model
-from kvtier.engine_env import engine_env
-from kvtier.setup_model import ModelSetupError, ensure_model, is_ready, model_dir
-from kvtier.vllm_shim import write_vllm_shim
+from kvtier.serving.engine_env import engine_env
+from kvtier.setup import model as setup_model
+from kvtier.setup.model import ModelSetupError, ensure_model, is_ready, model_dir
+from kvtier.setup.vllm_shim import write_vllm_shim
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvtier.backend import StateChanged, TierState
-from kvtier.block_pool import VllmBlockPool
 from kvtier.chunk_keys import ChunkChain, chain_seed
 from kvtier.gpu_pin import PinTable
 from kvtier.orders import Order, OrderIds, OrderResult
-from kvtier.staging import ORDER_DEADLINE_S, Stager
 from kvtier.stats import Stats
+from kvtier.turns.block_pool import VllmBlockPool
+from kvtier.turns.staging import ORDER_DEADLINE_S, Stager
 from tests.unit.fake_vllm import BLOCK_TOKENS, FakePool, FakeRequest
 from tests.unit.virtual_tier import VirtualTier
 

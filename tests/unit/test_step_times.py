@@ -6,9 +6,9 @@ from itertools import permutations
 
 import pytest
 
-from kvtier.engine_facts import StepFacts
 from kvtier.orders import OrderResult
-from kvtier.step_times import MAX_STEPS_IN_FLIGHT, RankResults, StepTimes
+from kvtier.turns.engine_facts import StepFacts
+from kvtier.turns.step_times import MAX_STEPS_IN_FLIGHT, RankResults, StepTimes
 
 
 def test_one_step_after_the_other() -> None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from kvtier import server_launch
-from kvtier.server_files import ProcessId, ServerFiles, ServerRecord
+from kvtier.server import launch as server_launch
+from kvtier.server.files import ProcessId, ServerFiles, ServerRecord
 from kvtier.supervisor import (
     ServerFailedError,
     ServerLease,
@@ -217,6 +217,22 @@ def test_killed_guardian_takes_the_server_with_it_and_is_replaced(run_dir: Path)
     wait_until(lambda: not guardian.alive(), "the guardian ends")
 
 
+def test_a_lease_holder_has_the_server_started_again(run_dir: Path) -> None:
+    lease = ensure_server(make_spec(), run_dir=run_dir, owner="test")
+    generation = lease.wait_ready(DEADLINE_S).generation
+    lease.revive()
+    assert lease.generation == generation, "the server runs"
+    os.kill(read_record(run_dir).guardian.pid, signal.SIGKILL)
+    wait_until(lambda: lease.state().status is ServerStatus.FAILED, "the guardian is dead")
+    for _ in range(3):
+        lease.revive()
+    wait_until(lambda: lease.state().status is ServerStatus.READY, "the server is back")
+    assert lease.generation == generation + 1, "once, however often it was asked for"
+    guardian = read_record(run_dir).guardian
+    lease.close()
+    wait_until(lambda: not guardian.alive(), "the guardian ends")
+
+
 def test_server_that_ignores_sigterm_is_killed(run_dir: Path) -> None:
     stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + FAKE_SERVER
     spec = make_spec(
@@ -385,7 +401,7 @@ def test_close_is_idempotent(run_dir: Path) -> None:
 def test_supervisor_imports_no_engine() -> None:
     code = textwrap.dedent(
         """
-        import sys, kvtier.supervisor, kvtier.server_guardian
+        import sys, kvtier.supervisor, kvtier.server.guardian
         print([m for m in ("torch", "vllm", "lmcache", "numpy") if m in sys.modules])
         """
     )

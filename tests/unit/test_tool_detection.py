@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.tool_detection import (
+from kvtier.tools.detection import (
     BASH_FENCE,
     FORMATS,
     MAX_TOKENS,
@@ -19,7 +19,7 @@ from kvtier.tool_detection import (
     infer_format,
     tool_label,
 )
-from kvtier.tool_names import command_name, json_names, multi_name
+from kvtier.tools.names import command_name, json_names, multi_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

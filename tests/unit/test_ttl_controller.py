@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.cost_model import HoldReason
-from kvtier.gaps import TOOL_PRIOR, SurvivalCurve, kaplan_meier
+from kvtier.ttl.gaps import TOOL_PRIOR, SurvivalCurve, kaplan_meier
 from kvtier.ttl_controller import (
     HeldPin,
     OutputReuse,

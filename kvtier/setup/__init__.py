@@ -1,0 +1,1 @@
+"""`make setup`: the small model, and vLLM's packaging on CPU."""

@@ -1,0 +1,1 @@
+"""Which tool a turn has called, told from the tail of its output."""

@@ -1,0 +1,229 @@
+"""The end of a turn: where its KV waits, decided and done (a request's life, step 7)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvtier.backend import TierBackend, TierState
+from kvtier.costs.pinned_turn import PinnedTurn
+from kvtier.gpu_pin import Pin, ReleaseCause
+from kvtier.policy import PauseFacts, Policy, describe_costs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvtier.block_ids import BlockIds
+    from kvtier.chunk_keys import ChunkChain
+    from kvtier.cost_model import Decision
+    from kvtier.gpu_pin import PinTable
+    from kvtier.stats import Stats
+    from kvtier.tools.detection import ToolCall
+    from kvtier.turns.block_pool import VllmBlockPool
+    from kvtier.turns.decision_log import DecisionLog
+    from kvtier.turns.engine_facts import EngineFacts
+    from kvtier.turns.staging import Stager
+    from kvtier.turns.turn import Turn
+
+
+DISPLACE_MARGIN = 1.25
+"""Within the budget a pin yields only to one worth this much more per block: no thrash."""
+
+
+class Pauses:
+    """Decides for each finished turn and applies the decision."""
+
+    def __init__(
+        self,
+        facts: EngineFacts,
+        tier: TierBackend,
+        pool: VllmBlockPool,
+        pins: PinTable,
+        stager: Stager,
+        policy: Policy,
+        stats: Stats,
+        log: DecisionLog,
+        release: Callable[[str, ReleaseCause], None],
+    ) -> None:
+        self._facts = facts
+        self._tier = tier
+        self._pool = pool
+        self._pins = pins
+        self._stager = stager
+        self._policy = policy
+        self._stats = stats
+        self._log = log
+        self._release = release
+
+    def regret_s_per_block(self, pin: Pin, now_s: float) -> float:
+        """Expected loss of ending a pin now; little where the tier has confirmed its KV."""
+        data = pin.data
+        confirmed = self._stager.confirmed_chunks(pin.program) * self._facts.chunk_tokens
+        staged = isinstance(data, PinnedTurn) and 0 < data.staged_tokens <= confirmed
+        return self._policy.regret_s_per_block(pin, now_s, staged=staged)
+
+    def decide(
+        self,
+        turn: Turn,
+        call: ToolCall,
+        blocks: BlockIds,
+        chain: ChunkChain | None,
+        *,
+        now_s: float,
+        aborted: bool,
+        shadow: bool,
+        waiting: tuple[int, int],
+        running_requests: int,
+        load_backlog_tokens: int,
+    ) -> dict[str, Any] | None:
+        """Pin, stage or drop; returns what the client may see of it.
+
+        Args:
+            turn: The finished turn.
+            call: Whether and what tool it called.
+            blocks: The turn's reusable blocks, still referenced by the request.
+            chain: Chunk keys of their tokens; None when the KV may not leave the GPU.
+            now_s: Monotonic time.
+            aborted: The client went away: nothing is kept on purpose.
+            shadow: Decide and log only.
+            waiting: Requests waiting and their tokens.
+            running_requests: Requests in the last step.
+            load_backlog_tokens: Tokens of loads under way.
+        """
+        hints = turn.hints
+        staged = 0
+        if chain is not None:
+            staged = self._stager.staged_chunks(turn.program, chain) * self._facts.chunk_tokens
+        expected_s = self._policy.gaps.curve(call.tool).quantile(0.5)
+        displaceable = self._pins.to_end_for(
+            blocks,
+            lambda: self._pins.in_release_order(lambda pin: self.regret_s_per_block(pin, now_s)),
+        )
+        facts = PauseFacts(
+            now_s=now_s,
+            context_tokens=turn.request.num_tokens,
+            reusable_blocks=len(blocks),
+            prompt_tokens=turn.request.num_prompt_tokens,
+            tool=call.tool,
+            is_tool_call=call.kind == "tool",
+            staged_tokens=staged,
+            tier_available=self._tier.state is TierState.READY and hints.stage is not False,
+            tierable=chain is not None,
+            free_unhashed_blocks=self._pool.n_uncached_free(len(blocks) + 1),
+            free_blocks=self._pool.n_free,
+            total_blocks=self._pool.n_blocks,
+            pinned_blocks=self._pins.pinned_blocks,
+            budget_left_blocks=self._budget_left(blocks) if displaceable is None else len(blocks),
+            waiting_requests=waiting[0],
+            waiting_blocks=self._facts.blocks_of(waiting[1]),
+            waiting_tokens=waiting[1],
+            running_requests=running_requests,
+            load_backlog_tokens=load_backlog_tokens,
+            hint_ttl_s=hints.ttl_s,
+        )
+        decision = self._policy.decide_pause(facts)
+        pin = decision.action == "pin" and hints.pin is not False and not aborted
+        stage = decision.stage and chain is not None and not aborted
+        # The log says what was done next to what was decided: in shadow mode, nothing.
+        self._record(
+            turn,
+            call,
+            decision,
+            staged,
+            pinned=pin and not shadow,
+            staged_now=stage and not shadow,
+        )
+        if shadow:
+            return None
+        pinned_blocks = 0
+        if pin:
+            keep = blocks[: self._facts.blocks_of(decision.keep_tokens)]
+            data = self._pinned_turn(turn, call, len(keep), expected_s, decision)
+            deadline_s = now_s + decision.ttl_s
+            mine = Pin(turn.request_id, turn.program, keep, now_s, deadline_s, data)
+            if displaceable and self._worth_displacing(mine, displaceable, now_s):
+                for other in displaceable:
+                    self._release(other.key, ReleaseCause.BUDGET)
+            if self._pins.pin(
+                turn.request_id, turn.program, keep, now_s=now_s, ttl_s=decision.ttl_s, data=data
+            ):
+                pinned_blocks = len(keep)
+                self._stats.sample("ttl_seconds", decision.ttl_s)
+        if stage and chain is not None:
+            # After the pin, whose references staging can share.
+            self._stage(turn, decision, blocks, chain)
+        return {
+            "action": decision.action,
+            "ttl_s": round(decision.ttl_s, 3) if pinned_blocks else 0.0,
+            "pinned_blocks": pinned_blocks,
+            "staging": stage,
+            "reason": str(decision.reason),
+            "tool": call.tool,
+        }
+
+    def _pinned_turn(
+        self, turn: Turn, call: ToolCall, n_blocks: int, expected_s: float, decision: Decision
+    ) -> PinnedTurn:
+        block_tokens = self._facts.block_tokens
+        terms = decision.terms
+        return PinnedTurn(
+            tool=call.tool,
+            n_tokens=n_blocks * block_tokens,
+            prompt_blocks=min(n_blocks, turn.request.num_prompt_tokens // block_tokens),
+            predicted_gap_s=expected_s,
+            staged_tokens=decision.stage_tokens,
+            miss_unstaged_s=terms.miss_unstaged_s if terms is not None else 0.0,
+            miss_staged_s=terms.miss_staged_s if terms is not None else 0.0,
+        )
+
+    def _budget_left(self, blocks: BlockIds) -> int:
+        """How many of these blocks could be pinned: those that pins keep already cost nothing."""
+        left = self._pins.budget_blocks - self._pins.pinned_blocks
+        return left + len(blocks) - self._pins.new_blocks(blocks)
+
+    def _worth_displacing(self, mine: Pin, displaced: list[Pin], now_s: float) -> bool:
+        limit = self.regret_s_per_block(mine, now_s) / DISPLACE_MARGIN
+        return all(self.regret_s_per_block(pin, now_s) < limit for pin in displaced)
+
+    def _stage(self, turn: Turn, decision: Decision, blocks: BlockIds, chain: ChunkChain) -> None:
+        saved_s = 0.0
+        if decision.terms is not None:
+            saved_s = max(0.0, self._policy.prefill.model().seconds(0, decision.stage_tokens))
+        self._stager.start(
+            turn.request_id,
+            turn.program,
+            chain.head(decision.stage_tokens // self._facts.chunk_tokens),
+            blocks,
+            saved_s,
+            self._policy.config.lease_s,
+        )
+
+    def _record(
+        self,
+        turn: Turn,
+        call: ToolCall,
+        decision: Decision,
+        staged_tokens: int,
+        *,
+        pinned: bool,
+        staged_now: bool,
+    ) -> None:
+        self._stats.count("decisions", 1, "pause", decision.action, str(decision.reason))
+        if not self._log.enabled:
+            return
+        self._log.write(
+            "pause",
+            turn.program,
+            turn.request_id,
+            {
+                "action": decision.action,
+                "ttl_s": decision.ttl_s,
+                "reason": str(decision.reason),
+                "stage": staged_now,
+                "stage_reason": str(decision.stage_reason),
+                "pinned": pinned,
+                "tool": call.tool,
+                "keep_tokens": decision.keep_tokens,
+                "staged_tokens": staged_tokens,
+                "costs": describe_costs(decision.costs),
+            },
+        )

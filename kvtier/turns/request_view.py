@@ -1,0 +1,55 @@
+"""Questions to vLLM's requests that take more than reading one attribute."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvtier.block_ids import BlockIds
+    from kvtier.turns.block_pool import VllmBlockPool
+
+STOP_TAIL_TOKENS = 64
+"""A stop string ends within the last tokens; what is longer counts as an abort."""
+
+
+def adapter_name(request: Any) -> str | None:
+    """The LoRA adapter whose KV the request computes."""
+    lora = getattr(request, "lora_request", None)
+    if lora is None:
+        return None
+    return f"{lora.lora_name}:{getattr(lora, 'lora_path', '')}"
+
+
+def is_tierable(request: Any) -> bool:
+    """Whether token ids alone determine the KV: not for images, audio or prompt embeddings."""
+    return not getattr(request, "mm_features", None) and request.prompt_token_ids is not None
+
+
+def was_aborted(request: Any, decode: Callable[[Sequence[int]], str]) -> bool:
+    """Whether the client went away. vLLM ends a stop string as aborted too (DESIGN D9)."""
+    if request.status.name != "FINISHED_ABORTED":
+        return False
+    stops = getattr(request.sampling_params, "stop", None) or ()
+    if not stops:
+        return True
+    tail = decode(list(request.output_token_ids[-STOP_TAIL_TOKENS:]))
+    return not any(stop in tail for stop in stops)
+
+
+def reusable_blocks(
+    request: Any,
+    block_ids: Sequence[int],
+    block_tokens: int,
+    pool: VllmBlockPool,
+    *,
+    all_hashed: bool,
+) -> BlockIds:
+    """The leading blocks of a finished request that a later prompt can hit (DESIGN D9).
+
+    Full, computed and hashed; the last sampled token has no KV. `all_hashed`: see
+    `VllmBlockPool.pinnable`.
+    """
+    full = max(0, min(request.num_tokens - 1, request.num_computed_tokens))
+    return pool.pinnable(block_ids[: full // block_tokens], all_hashed=all_hashed)

@@ -1,0 +1,378 @@
+"""Staging: copying a paused program's KV to the CPU tier, piece by piece.
+
+A job is one finished turn. It holds references on its blocks while it reads them, and goes through its
+chunks in splits, so that a large program fits a tier that makes room as it goes and can be given up in
+between. For each split: reserve slots, copy, commit. What counts as staged is only what a commit has
+confirmed to be resident.
+
+A job can be cancelled at any time (pressure, reset, a newer turn): its blocks are given back at once. A
+copy that is under way then reads blocks that may be overwritten, which is harmless because its
+reservation is discarded.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from kvtier.backend import (
+    CommitDone,
+    OperationEvent,
+    OperationFailed,
+    ReserveDone,
+    TierBackend,
+    TierState,
+)
+from kvtier.block_ids import as_block_ids
+from kvtier.orders import Order
+from kvtier.turns.stage_jobs import Split, Staged, StageJob
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvtier.block_ids import BlockIds
+    from kvtier.chunk_keys import ChunkChain
+    from kvtier.gpu_pin import PinTable
+    from kvtier.orders import OrderIds, OrderResult
+    from kvtier.stats import Stats
+
+ORDER_DEADLINE_S = 10.0
+"""A copy order older than this must not touch memory: the server keeps slots 15 s for a lost engine."""
+
+MIN_SPLITS_IN_FLIGHT = 2
+IN_FLIGHT_BYTES = 256 << 20
+"""Copies that are ordered ahead: some milliseconds of a fast link, so that it never waits for a step."""
+
+TIER_FULL = "l1_full"
+"""The tier's reason where it would have to drop something of more value."""
+
+STALL_S = 0.25
+"""Staging without progress for so long gives its blocks to a request that waits for them. A healthy tier
+answers within milliseconds, and a split is copied within tens of them."""
+
+
+class Stager:
+    """All staging jobs of an engine. Used from connector hooks only."""
+
+    def __init__(
+        self,
+        tier: TierBackend,
+        pins: PinTable,
+        stats: Stats,
+        *,
+        namespace: str,
+        chunk_blocks: int,
+        split_chunks: int,
+        next_order_id: OrderIds,
+        chunk_bytes: int = 0,
+    ) -> None:
+        self._tier = tier
+        self._pins = pins
+        self._stats = stats
+        self.namespace = namespace
+        self._chunk_blocks = chunk_blocks
+        self._split_chunks = split_chunks
+        split_bytes = max(1, split_chunks * chunk_bytes)
+        self._max_in_flight = max(MIN_SPLITS_IN_FLIGHT, IN_FLIGHT_BYTES // split_bytes)
+        if not chunk_bytes:
+            self._max_in_flight = MIN_SPLITS_IN_FLIGHT
+        self._order_ids = next_order_id
+        self._jobs: OrderedDict[str, StageJob] = OrderedDict()
+        self._by_reserve: dict[int, Split] = {}
+        self._by_order: dict[int, Split] = {}
+        self._by_commit: dict[int, Split] = {}
+        self._staged: dict[str, Staged] = {}
+        self._ready: list[Order] = []
+        self._now_s = 0.0
+        # When the tier or a worker last did something for staging, or there was nothing to do.
+        self._progress_s = 0.0
+
+    # -- what is staged ----------------------------------------------------------------------------
+
+    def staged_chunks(self, program: str, chain: ChunkChain) -> int:
+        """How many leading chunks of `chain` the tier has confirmed for this program."""
+        staged = self._staged.get(program)
+        if staged is None:
+            return 0
+        return min(staged.n_chunks, staged.chain.common_chunks(chain))
+
+    def confirmed_chunks(self, program: str) -> int:
+        """Chunks of the program's last staged chain that the tier has confirmed."""
+        staged = self._staged.get(program)
+        return staged.n_chunks if staged is not None else 0
+
+    def forget(self, program: str) -> None:
+        """The program is over: its jobs end too, and what they are still told is ignored."""
+        self._staged.pop(program, None)
+        self._void([job for job in self._active() if job.program == program])
+
+    def forget_all(self) -> None:
+        """Nothing is known to be staged any more, and nothing under way will be."""
+        self._staged.clear()
+        self._void(self._active())
+
+    def correct(self, program: str, chain: ChunkChain, resident_chunks: int) -> None:
+        """A lookup of `chain` has seen how much of it is really there.
+
+        Only what the chain shares with the staged one tells: a sub-agent's prompt may share little.
+        """
+        if resident_chunks < self.staged_chunks(program, chain):
+            self._staged[program] = Staged(self._staged[program].chain, resident_chunks)
+
+    # -- jobs --------------------------------------------------------------------------------------
+
+    @property
+    def n_jobs(self) -> int:
+        """Jobs not finished, cancelled ones whose copies still run included."""
+        return len({id(job) for job in self._active()})
+
+    def busy(self) -> bool:
+        """Whether the engine must keep stepping for staging's sake."""
+        return bool(
+            self._jobs or self._by_reserve or self._by_order or self._by_commit or self._ready
+        )
+
+    def start(
+        self,
+        key: str,
+        program: str,
+        chain: ChunkChain,
+        block_ids: Sequence[int] | BlockIds,
+        value_s: float,
+        lease_s: float,
+    ) -> bool:
+        """Begin to stage a turn; a job of the same program whose work this one includes gives way.
+
+        Args:
+            key: The turn's request id.
+            program: Its program.
+            chain: Chunk keys of the turn's reusable tokens.
+            block_ids: At least `len(chain) * chunk_blocks` blocks, in token order, referenced by the
+                caller at the time of the call.
+            value_s: Expected loss, in seconds, if the KV were not there at the program's return.
+            lease_s: How long that value holds.
+
+        Returns:
+            False when there is nothing to stage.
+        """
+        done = self.staged_chunks(program, chain)
+        if done >= len(chain):
+            return False
+        for other in [j for j in self._jobs.values() if j.program == program]:
+            end = len(other.chain)
+            if end <= len(chain) and (
+                end == 0 or other.chain.marks[end - 1] == chain.marks[end - 1]
+            ):
+                self.cancel(other.key)
+        blocks = as_block_ids(block_ids)[: len(chain) * self._chunk_blocks]
+        self._pins.hold(f"stage:{key}", blocks, share=key)
+        self._jobs[key] = StageJob(
+            key, program, chain, blocks, value_s, lease_s, next_chunk=done, end_chunk=len(chain)
+        )
+        return True
+
+    def cancel(self, key: str) -> None:
+        """Give the job's blocks back now; discard what its running copies write."""
+        job = self._jobs.pop(key, None)
+        if job is None:
+            return
+        job.cancelled = True
+        self._pins.unhold(f"stage:{key}")
+
+    def cancel_all(self) -> None:
+        """Cancel every job."""
+        for key in list(self._jobs):
+            self.cancel(key)
+
+    def cancel_one_for_room(self) -> bool:
+        """Under memory pressure: cancel the youngest job. False when there is none."""
+        if not self._jobs:
+            return False
+        self._stats.count("failures", 1, "stage_cancelled_pressure")
+        self.cancel(next(reversed(self._jobs)))
+        return True
+
+    def cancel_one_stalled(self, now_s: float) -> bool:
+        """Cancel the youngest job if staging as a whole stands still. False when nothing was.
+
+        A job that only waits its turn is not cancelled: its KV would have to be computed again.
+        """
+        if not self._jobs or now_s - self._progress_s < STALL_S:
+            return False
+        self._stats.count("failures", 1, "stage_stalled")
+        self.cancel(next(reversed(self._jobs)))
+        return True
+
+    def advance(self, now_s: float) -> list[Order]:
+        """Start the next splits; returns the copy orders that are ready for the workers."""
+        self._now_s = now_s
+        if not self._jobs and not self.busy():
+            self._progress_s = now_s
+        if self._tier.state is not TierState.READY:
+            for key in list(self._jobs):
+                self._stats.count("failures", 1, "stage_no_tier")
+                self.cancel(key)
+        self._reserve_next()
+        ready = [o for o in self._ready if self._order_is_live(o, now_s)]
+        self._ready = []
+        return ready
+
+    def on_event(self, event: OperationEvent, now_s: float) -> bool:
+        """Take an event of the tier; False when it is not staging's."""
+        split = self._by_reserve.pop(event.op_id, None)
+        if split is not None:
+            self._progress_s = now_s
+            if isinstance(event, ReserveDone):
+                self._reserved(split, event, now_s)
+            elif isinstance(event, OperationFailed):
+                self._not_reserved(split, event.reason)
+            return True
+        split = self._by_commit.pop(event.op_id, None)
+        if split is not None:
+            self._progress_s = now_s
+            split.job.n_commits -= 1
+            if isinstance(event, OperationFailed):
+                self._fail(split.job, event.reason)
+            elif isinstance(event, CommitDone) and split.copied:
+                self._committed(split, event.resident_chunks)
+            return True
+        return False
+
+    def on_result(self, result: OrderResult) -> bool:
+        """A worker has finished a copy; False when the order is not staging's."""
+        split = self._by_order.pop(result.order_id, None)
+        if split is None:
+            return False
+        self._progress_s = self._now_s
+        if not result.ok:
+            self._fail(split.job, "store_copy")
+        self._copied(split, ok=result.ok)
+        return True
+
+    # -- internals ---------------------------------------------------------------------------------
+
+    def _void(self, jobs: list[StageJob]) -> None:
+        for job in jobs:
+            job.void = True
+            if not job.cancelled:
+                self.cancel(job.key)
+
+    def _active(self) -> list[StageJob]:
+        splits = (*self._by_reserve.values(), *self._by_order.values(), *self._by_commit.values())
+        return [*self._jobs.values(), *(split.job for split in splits)]
+
+    def _reserve_next(self) -> None:
+        """One split of each job in turn, as long as there may be more in flight."""
+        in_flight = len(self._by_reserve) + len(self._by_order)
+        jobs = [job for job in self._jobs.values() if job.next_chunk < job.end_chunk]
+        while jobs and in_flight < self._max_in_flight:
+            for job in jobs[: self._max_in_flight - in_flight]:
+                self._reserve(job)
+                in_flight += 1
+            jobs = [job for job in jobs if job.next_chunk < job.end_chunk]
+
+    def _reserve(self, job: StageJob) -> None:
+        end = min(job.next_chunk + self._split_chunks, job.end_chunk)
+        reserve_id = self._tier.reserve(
+            self.namespace,
+            job.program,
+            bytes(job.chain.keys),
+            job.next_chunk,
+            end,
+            job.value_s,
+            job.lease_s,
+        )
+        split = Split(job, job.next_chunk, end, reserve_id, job.attempt)
+        job.next_chunk = end
+        job.open.append(split)
+        self._by_reserve[reserve_id] = split
+
+    def _reserved(self, split: Split, event: ReserveDone, now_s: float) -> None:
+        job = split.job
+        if job.cancelled:
+            self._copied(split, ok=False)
+            return
+        if all(slot < 0 for rank in event.slots for slot in rank):
+            self._copied(split, ok=True)
+            return
+        order_id = self._order_ids.take()
+        self._by_order[order_id] = split
+        first, last = split.start * self._chunk_blocks, split.end * self._chunk_blocks
+        self._ready.append(
+            Order(
+                order_id=order_id,
+                direction="store",
+                request_id=job.key,
+                block_ids=tuple(job.block_ids[first:last].tolist()),
+                slots=event.slots,
+                chunk_blocks=self._chunk_blocks,
+                skip_blocks=0,
+                generation=event.generation,
+                deadline_s=now_s + ORDER_DEADLINE_S,
+            )
+        )
+
+    def _not_reserved(self, split: Split, reason: str) -> None:
+        """There are no slots. Where the tier is full, the job ends here, with what has fitted."""
+        job = split.job
+        job.open.remove(split)
+        if reason != TIER_FULL:
+            self._fail(job, reason)
+        elif split.attempt == job.attempt and split.start < job.end_chunk:
+            if not job.cancelled:
+                self._stats.count("failures", 1, f"stage_{reason}")
+            job.end_chunk = split.start
+        self._commit_in_order(job)
+        self._end_if_done(job)
+
+    def _order_is_live(self, order: Order, now_s: float) -> bool:
+        split = self._by_order[order.order_id]
+        if not split.job.cancelled and now_s < order.deadline_s:
+            return True
+        del self._by_order[order.order_id]
+        self._fail(split.job, "order_expired")
+        self._copied(split, ok=False)
+        return False
+
+    def _copied(self, split: Split, *, ok: bool) -> None:
+        """The split's copy has ended, or there was nothing to copy."""
+        # What a cancelled job's copy has read may have been overwritten while it read.
+        split.copied = ok and not split.job.cancelled
+        self._commit_in_order(split.job)
+
+    def _commit_in_order(self, job: StageJob) -> None:
+        while job.open and job.open[0].copied is not None:
+            split = job.open.popleft()
+            self._by_commit[self._tier.commit(split.reserve_id, ok=bool(split.copied))] = split
+            job.n_commits += 1
+
+    def _committed(self, split: Split, resident_chunks: int) -> None:
+        job = split.job
+        if job.void:
+            return
+        done = self._staged.get(job.program)
+        before = 0 if done is None else done.n_chunks
+        self._staged[job.program] = Staged(job.chain, resident_chunks)
+        self._stats.count(
+            "staged_tokens", max(0, resident_chunks - before) * job.chain.chunk_tokens
+        )
+        if resident_chunks < split.end and not job.cancelled:
+            # What the tier held before has a hole now: start again from there, once. A split that
+            # was reserved before the restart only says the same again.
+            if split.attempt and split.attempt == job.attempt:
+                self._fail(job, "lost_prefix")
+            elif split.attempt == job.attempt:
+                job.attempt += 1
+                job.next_chunk = resident_chunks
+        self._end_if_done(job)
+
+    def _end_if_done(self, job: StageJob) -> None:
+        done = job.next_chunk >= job.end_chunk and not job.open and not job.n_commits
+        if done and self._jobs.get(job.key) is job:
+            del self._jobs[job.key]
+            self._pins.unhold(f"stage:{job.key}")
+
+    def _fail(self, job: StageJob, reason: str) -> None:
+        if not job.cancelled:
+            self._stats.count("failures", 1, f"stage_{reason}")
+            self.cancel(job.key)
