@@ -21,6 +21,7 @@ from kvtier.cost_model import (
     decide_return,
 )
 from kvtier.costs.estimators import (
+    GenerationEstimator,
     LinkEstimator,
     LinkModel,
     PrefillEstimator,
@@ -127,6 +128,7 @@ class Policy:
             )
         )
         self.queue = QueueEstimator()
+        self.generation = GenerationEstimator()
         self._interference = CPU_INTERFERENCE if facts.on_cpu else 0.0
         self._run_bytes = max(1, facts.block_bytes // max(1, facts.n_layers))
         self._running_requests = 0
@@ -167,6 +169,12 @@ class Policy:
         if step.prefill is not None:
             self.prefill.observe(*step.prefill, seconds)
             self.prefill_samples.append((*step.prefill, seconds))
+        if step.scheduled_tokens == step.running_requests:
+            self.generation.observe_step(step.scheduled_tokens, seconds)
+
+    def observe_output(self, tokens: int) -> None:
+        """A turn has ended with an output of so many tokens."""
+        self.generation.observe_turn(tokens)
 
     def observe_wait(self, predicted_s: float, actual_s: float) -> None:
         """A request waited `actual_s` for its blocks."""
@@ -182,12 +190,18 @@ class Policy:
         """Predicted wait behind `backlog_tokens`."""
         return self.queue.delay_s(backlog_tokens)
 
-    def recompute_s(self, n_programs: int, blocks: int) -> float:
-        """Seconds to compute the contexts of so many programs anew, each of the same length."""
+    def round_s(self, n_programs: int, blocks: int) -> float:
+        """Seconds to serve so many programs one turn each if nothing of their KV were kept.
+
+        Args:
+            n_programs: Programs.
+            blocks: Of all their contexts, which are taken to be equally long.
+        """
         if n_programs <= 0:
             return 0.0
         tokens = blocks * self.facts.block_tokens // n_programs
-        return n_programs * self.prefill.model().seconds(0, tokens)
+        prefill_s = self.prefill.model().seconds(0, tokens)
+        return n_programs * (prefill_s + self.generation.turn_s())
 
     def decide_return(
         self, prompt_tokens: int, local_tokens: int, tier_tokens: int, backlog_tokens: int

@@ -353,7 +353,7 @@ class SchedulerHalf:
                 total_blocks=self.pool.n_blocks,
                 running_requests=step.running_requests + self.reader.n_loads,
                 pinned_blocks=self.pins.pinned_blocks,
-                round_s=self.policy.recompute_s(*self.admission.busy),
+                round_s=self.policy.round_s(*self.admission.busy),
             )
         )
         return StepOrders(region=self.tier.region, loads=loads, stores=stores)

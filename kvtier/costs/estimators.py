@@ -1,4 +1,4 @@
-"""Online models of the three speeds a decision depends on: link, prefill and queue.
+"""Online models of the speeds a decision depends on: link, prefill, queue and generation.
 
 Every model is a small frozen dataclass (safe to put into a state and to keep for an
 explanation); every estimator owns a model, corrects it from measurements and hands out a new one.
@@ -9,7 +9,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from kvtier.costs.fitting import DecayedFit, check_seconds
+from kvtier.costs.fitting import DECAY, DecayedFit, check_seconds
 
 MAX_RATE_CORRECTION = 64.0
 """The link's measured rate stays within this factor of the initial curve."""
@@ -279,3 +279,48 @@ class QueueEstimator:
     def delay_s(self, backlog_tokens: int) -> float:
         """Return the seconds until a backlog of ``backlog_tokens`` is worked off."""
         return max(backlog_tokens, 0) / self.throughput_tokens_per_s * self.correction
+
+
+class GenerationEstimator:
+    """What one turn's output costs the engine: its tokens times their share of a decode step."""
+
+    def __init__(self) -> None:
+        """Nothing is known; :meth:`turn_s` is 0 until a step and a turn were seen."""
+        self._token_s = _DecayedMean()
+        self._output_tokens = _DecayedMean()
+
+    def observe_step(self, tokens: int, seconds: float) -> None:
+        """Add one step that only decoded.
+
+        Raises:
+            ValueError: ``tokens`` <= 0, or ``seconds`` negative or not finite.
+        """
+        check_seconds(seconds)
+        if tokens <= 0:
+            msg = f"tokens must be > 0, not {tokens}"
+            raise ValueError(msg)
+        self._token_s.add(seconds / tokens)
+
+    def observe_turn(self, output_tokens: int) -> None:
+        """Add one finished turn."""
+        self._output_tokens.add(float(output_tokens))
+
+    def turn_s(self) -> float:
+        """Return the seconds of the engine's time for a turn's output."""
+        return self._token_s.value * self._output_tokens.value
+
+
+class _DecayedMean:
+    """A mean in which each sample weighs DECAY of the one after it."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._weight = 0.0
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._weight if self._weight else 0.0
+
+    def add(self, sample: float) -> None:
+        self._sum = DECAY * self._sum + sample
+        self._weight = DECAY * self._weight + 1.0

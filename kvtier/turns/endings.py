@@ -96,6 +96,7 @@ class Endings:
             now_s,
         )
         self._admission.on_finished(turn.request_id)
+        self._policy.observe_output(request.num_output_tokens)
         if end is None:
             return False
         for key in end.superseded:

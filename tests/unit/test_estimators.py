@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.costs.estimators import (
+    GenerationEstimator,
     LinkEstimator,
     LinkModel,
     PrefillEstimator,
@@ -233,3 +234,17 @@ def test_queue_rejects_nonsense() -> None:
         QueueEstimator(0.0)
     with pytest.raises(ValueError, match="seconds"):
         QueueEstimator().observe_step(1, math.nan)
+
+
+def test_a_turns_output_costs_its_share_of_decode_steps() -> None:
+    generation = GenerationEstimator()
+    generation.observe_turn(100)
+    assert generation.turn_s() == 0.0, "no step was seen"
+    for _ in range(20):
+        generation.observe_step(4, 0.08)
+    assert generation.turn_s() == pytest.approx(100 * 0.02)
+    for _ in range(300):
+        generation.observe_turn(50)
+    assert generation.turn_s() == pytest.approx(50 * 0.02, rel=0.01), "the past fades"
+    with pytest.raises(ValueError, match="tokens"):
+        generation.observe_step(0, 0.1)
