@@ -43,12 +43,14 @@ def serve(
     model: Annotated[str, typer.Argument(help="Model name or directory.")],
     *,
     program_scheduler: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--program-scheduler",
-            help="Also order requests inside vLLM's scheduler, by program. For long queues.",
+            "--program-scheduler/--no-program-scheduler",
+            help="Order requests by program inside vLLM's scheduler. Default: yes, unless your "
+            "flags choose another scheduler or policy.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command and run nothing.")
     ] = False,
@@ -57,7 +59,7 @@ def serve(
     """Serve MODEL with vLLM and kvtier; all other flags go to vllm serve.
 
     Starts the host's LMCache server, or joins the one that runs. What your flags leave open is
-    filled in: the connector, the tool parser, and on CPU the block size.
+    filled in: the connector, the scheduler, the tool parser, and on CPU the block size.
     """
     from kvtier.serving.plan import ServeError, VllmFlags, plan_serve  # noqa: PLC0415
     from kvtier.serving.process import read_chat_template, run_serve, runs_on_cpu  # noqa: PLC0415

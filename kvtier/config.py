@@ -157,7 +157,7 @@ class Settings(BaseSettings):
     aging_s: Seconds = Field(
         default=120.0,
         description="Waiting time after which a request comes before all that have waited for less, "
-        "s. Sooner where computing all busy programs' contexts anew would take less; 0: never.",
+        "s. Sooner where serving each busy program a turn without kept KV would take less; 0: never.",
     )
     max_defer_s: Seconds = Field(
         default=300.0, description="Longest time that a request may be held back for others, s."

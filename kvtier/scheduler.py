@@ -1,7 +1,7 @@
 """vLLM schedulers that order waiting requests by program.
 
-Use with ``--scheduler-cls kvtier.scheduler.AsyncProgramScheduler --scheduling-policy priority``
-(``ProgramScheduler`` where async scheduling is off). Under the priority policy vLLM orders by
+Use with ``--scheduler-cls kvtier.scheduler.ProgramScheduler --scheduling-policy priority``, as
+``kvtier serve`` does; with async scheduling it makes an ``AsyncProgramScheduler``. Under the priority policy vLLM orders by
 (priority, arrival time) and preempts the last in that order, so giving a request the arrival time
 of its program is enough: returning turns of older programs go first, and the youngest program is
 preempted. Under the FCFS policy vLLM ignores arrival times and these classes change nothing.
@@ -10,7 +10,7 @@ preempted. Under the FCFS policy vLLM ignores arrival times and these classes ch
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -35,7 +35,8 @@ class ProgramOrderMixin:
     per tenant. For others the connector is asked, if it has ``program_age_s(request) -> float |
     None``: how long ago, in seconds, the first turn of the request's program arrived.
 
-    ``--additional-config '{"kvtier_aging_s": 120}'`` sets the aging time in seconds.
+    ``--additional-config '{"kvtier_aging_s": 120}'`` sets the aging time in seconds; else it is that
+    of kvtier's connector.
     """
 
     # Of the scheduler that this is mixed into.
@@ -45,11 +46,7 @@ class ProgramOrderMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        options = self.vllm_config.additional_config
-        chosen = options.get(AGING_OPTION) if isinstance(options, dict) else None
-        self._aging_s = AdmissionConfig(
-            aging_s=AdmissionConfig().aging_s if chosen is None else float(chosen)
-        ).aging_s
+        self._aging_s = self._chosen_aging_s()
         self._arrivals = ProgramArrivals()
         if self.vllm_config.scheduler_config.policy != "priority":
             logger.warning("kvtier: order by program needs --scheduling-policy priority")
@@ -62,6 +59,14 @@ class ProgramOrderMixin:
                 self._program_arrival_s(request), request.arrival_time, self._aging_s
             )
         super().add_request(request)  # type: ignore[misc]
+
+    def _chosen_aging_s(self) -> float:
+        options = self.vllm_config.additional_config
+        chosen = options.get(AGING_OPTION) if isinstance(options, dict) else None
+        if chosen is not None:
+            return AdmissionConfig(aging_s=float(chosen)).aging_s
+        half = getattr(self.connector, "scheduler_half", None)
+        return float(AdmissionConfig().aging_s if half is None else half.admission.config.aging_s)
 
     def _program_arrival_s(self, request: Request) -> float:
         arrival_s = float(request.arrival_time)
@@ -77,8 +82,19 @@ class ProgramOrderMixin:
 
 
 class ProgramScheduler(ProgramOrderMixin, Scheduler):
-    """vLLM's scheduler, ordered by program."""
+    """vLLM's scheduler, ordered by program; an `AsyncProgramScheduler` with async scheduling.
+
+    Which of the two an engine needs is known only when vLLM has settled its configuration.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make the kind that the configuration asks for."""
+        vllm_config = kwargs.get("vllm_config", args[0] if args else None)
+        scheduler_config = getattr(vllm_config, "scheduler_config", None)
+        if getattr(scheduler_config, "async_scheduling", False):
+            cls = cast("type[Self]", AsyncProgramScheduler)  # noqa: PLW0642 - what __new__ is for
+        return cast("Self", super().__new__(cls))
 
 
-class AsyncProgramScheduler(ProgramOrderMixin, AsyncScheduler):
+class AsyncProgramScheduler(ProgramScheduler, AsyncScheduler):
     """vLLM's scheduler for async scheduling, ordered by program."""

@@ -131,6 +131,7 @@ class SchedulerHalf:
             self.stats,
             self._log,
             self.endings.unpin,
+            self._clock,
         )
         self.returns = Returns(
             self.facts,
@@ -172,6 +173,9 @@ class SchedulerHalf:
         """Step 1: find the request's program, record the gap since its last turn."""
         now_s = self._clock()
         self._housekeep(now_s)
+        # A client that uses an id again: what its last bearer has left ends.
+        self.endings.unpin(request.request_id, ReleaseCause.SUPERSEDED)
+        self.stager.cancel(request.request_id)
         turn, start = self.arrivals.take(request, now_s, sum(self._waiting_tokens.values()))
         self._turns[request.request_id] = turn
         self._waiting_tokens[request.request_id] = request.num_tokens
@@ -200,13 +204,7 @@ class SchedulerHalf:
             return None
         turn.local_tokens = local_tokens
         readable = self.returns.readable_tokens(turn)
-        if (
-            not turn.tierable
-            or turn.bypass_tier
-            or readable <= local_tokens
-            or request.skip_reading_prefix_cache
-            or self.tier.state is not TierState.READY
-        ):
+        if readable <= local_tokens or self.tier.state is not TierState.READY:
             self.reader.release(request.request_id)
             return 0
         hit = self.returns.hit_tokens(

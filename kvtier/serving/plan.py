@@ -103,7 +103,7 @@ def plan_serve(
     cpu: bool,
     chat_template: str | None,
     configured_parser: str | None = None,
-    program_scheduler: bool = False,
+    program_scheduler: bool | None = None,
     vllm: Sequence[str] | None = None,
 ) -> ServePlan:
     """Fill in what the user's flags leave open; what the user gave stays as it is.
@@ -114,7 +114,7 @@ def plan_serve(
         cpu: The engine computes on the CPU.
         chat_template: The model's chat template, None when it is not known.
         configured_parser: `tool_call_parser` of kvtier's own settings.
-        program_scheduler: Also use kvtier's scheduler class.
+        program_scheduler: Use kvtier's scheduler class; None: unless the flags choose another order.
         vllm: The command `vllm`; default is the one beside this interpreter.
 
     Raises:
@@ -144,8 +144,8 @@ def plan_serve(
     ):
         added.append("--enable-auto-tool-choice")
 
-    if program_scheduler:
-        added += _scheduler_flags(flags, cpu=cpu)
+    if program_scheduler is not False:
+        added += _scheduler_flags(flags, notes, asked=program_scheduler is True)
 
     extra: dict[str, object] = {}
     if parser is not None and configured_parser is None:
@@ -171,16 +171,19 @@ def _infer_parser(template: str | None, configured: str | None) -> tuple[str | N
     return parser, f"tool parser {parser}: inferred from the chat template"
 
 
-def _scheduler_flags(flags: VllmFlags, *, cpu: bool) -> list[str]:
-    if flags.given("--scheduler-cls"):
-        raise ServeError("--program-scheduler and --scheduler-cls name two schedulers: give one")
+def _scheduler_flags(flags: VllmFlags, notes: list[str], *, asked: bool) -> list[str]:
     policy = flags.value("--scheduling-policy")
-    if policy not in {None, "priority"}:
-        raise ServeError(f"--program-scheduler needs --scheduling-policy priority, not {policy}")
-    # vLLM turns async scheduling off on CPU, and refuses a class of the other kind.
-    synchronous = cpu or flags.given("--no-async-scheduling")
-    name = "ProgramScheduler" if synchronous else "AsyncProgramScheduler"
-    added = ["--scheduler-cls", f"kvtier.scheduler.{name}"]
+    reason = None
+    if flags.given("--scheduler-cls"):
+        reason = "--program-scheduler and --scheduler-cls name two schedulers: give one"
+    elif policy not in {None, "priority"}:
+        reason = f"--program-scheduler needs --scheduling-policy priority, not {policy}"
+    if reason is not None:
+        if asked:
+            raise ServeError(reason)
+        notes.append("your flags choose the scheduler: kvtier orders requests from outside it")
+        return []
+    added = ["--scheduler-cls", "kvtier.scheduler.ProgramScheduler"]
     return added if policy else [*added, "--scheduling-policy", "priority"]
 
 

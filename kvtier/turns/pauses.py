@@ -43,6 +43,7 @@ class Pauses:
         stats: Stats,
         log: DecisionLog,
         release: Callable[[str, ReleaseCause], None],
+        clock: Callable[[], float],
     ) -> None:
         self._facts = facts
         self._tier = tier
@@ -53,6 +54,7 @@ class Pauses:
         self._stats = stats
         self._log = log
         self._release = release
+        self._clock = clock
 
     def regret_s_per_block(self, pin: Pin, now_s: float) -> float:
         """Expected loss of ending a pin now; little where the tier has confirmed its KV."""
@@ -123,42 +125,53 @@ class Pauses:
         decision = self._policy.decide_pause(facts)
         pin = decision.action == "pin" and hints.pin is not False and not aborted
         stage = decision.stage and chain is not None and not aborted
-        # The log says what was done next to what was decided: in shadow mode, nothing.
-        self._record(
-            turn,
-            call,
-            decision,
-            staged,
-            pinned=pin and not shadow,
-            staged_now=stage and not shadow,
-        )
+        self._stats.count("decisions", 1, "pause", decision.action, str(decision.reason))
+        pinned_blocks, staging = 0, False
+        if not shadow:
+            if pin:
+                pinned_blocks = self._pin(
+                    turn, call, decision, blocks, expected_s, displaceable, now_s
+                )
+            if stage and chain is not None:
+                # After the pin, whose references staging can share.
+                staging = self._stage(turn, decision, blocks, chain)
+        if self._log.enabled:
+            self._write(turn, call, decision, staged, pinned_blocks, staging=staging, since_s=now_s)
         if shadow:
             return None
-        pinned_blocks = 0
-        if pin:
-            keep = blocks[: self._facts.blocks_of(decision.keep_tokens)]
-            data = self._pinned_turn(turn, call, len(keep), expected_s, decision)
-            deadline_s = now_s + decision.ttl_s
-            mine = Pin(turn.request_id, turn.program, keep, now_s, deadline_s, data)
-            if displaceable and self._worth_displacing(mine, displaceable, now_s):
-                for other in displaceable:
-                    self._release(other.key, ReleaseCause.BUDGET)
-            if self._pins.pin(
-                turn.request_id, turn.program, keep, now_s=now_s, ttl_s=decision.ttl_s, data=data
-            ):
-                pinned_blocks = len(keep)
-                self._stats.sample("ttl_seconds", decision.ttl_s)
-        if stage and chain is not None:
-            # After the pin, whose references staging can share.
-            self._stage(turn, decision, blocks, chain)
+        done = "pin" if pinned_blocks else "offload" if staging or staged else "drop"
         return {
-            "action": decision.action,
+            "action": done,
             "ttl_s": round(decision.ttl_s, 3) if pinned_blocks else 0.0,
             "pinned_blocks": pinned_blocks,
-            "staging": stage,
+            "staging": staging,
             "reason": str(decision.reason),
             "tool": call.tool,
         }
+
+    def _pin(
+        self,
+        turn: Turn,
+        call: ToolCall,
+        decision: Decision,
+        blocks: BlockIds,
+        expected_s: float,
+        displaceable: list[Pin] | None,
+        now_s: float,
+    ) -> int:
+        """Pin what the decision keeps; returns how many blocks, 0 where the budget has no place."""
+        keep = blocks[: self._facts.blocks_of(decision.keep_tokens)]
+        data = self._pinned_turn(turn, call, len(keep), expected_s, decision)
+        mine = Pin(turn.request_id, turn.program, keep, now_s, now_s + decision.ttl_s, data)
+        if displaceable and self._worth_displacing(mine, displaceable, now_s):
+            for other in displaceable:
+                self._release(other.key, ReleaseCause.BUDGET)
+        if not self._pins.pin(
+            turn.request_id, turn.program, keep, now_s=now_s, ttl_s=decision.ttl_s, data=data
+        ):
+            return 0
+        self._stats.sample("ttl_seconds", decision.ttl_s)
+        return len(keep)
 
     def _pinned_turn(
         self, turn: Turn, call: ToolCall, n_blocks: int, expected_s: float, decision: Decision
@@ -184,11 +197,12 @@ class Pauses:
         limit = self.regret_s_per_block(mine, now_s) / DISPLACE_MARGIN
         return all(self.regret_s_per_block(pin, now_s) < limit for pin in displaced)
 
-    def _stage(self, turn: Turn, decision: Decision, blocks: BlockIds, chain: ChunkChain) -> None:
+    def _stage(self, turn: Turn, decision: Decision, blocks: BlockIds, chain: ChunkChain) -> bool:
+        """Begin to copy; False where the tier has it all."""
         saved_s = 0.0
         if decision.terms is not None:
             saved_s = max(0.0, self._policy.prefill.model().seconds(0, decision.stage_tokens))
-        self._stager.start(
+        return self._stager.start(
             turn.request_id,
             turn.program,
             chain.head(decision.stage_tokens // self._facts.chunk_tokens),
@@ -197,33 +211,29 @@ class Pauses:
             self._policy.config.lease_s,
         )
 
-    def _record(
+    def _write(
         self,
         turn: Turn,
         call: ToolCall,
         decision: Decision,
         staged_tokens: int,
+        pinned_blocks: int,
         *,
-        pinned: bool,
-        staged_now: bool,
+        staging: bool,
+        since_s: float,
     ) -> None:
-        self._stats.count("decisions", 1, "pause", decision.action, str(decision.reason))
-        if not self._log.enabled:
-            return
-        self._log.write(
-            "pause",
-            turn.program,
-            turn.request_id,
-            {
-                "action": decision.action,
-                "ttl_s": decision.ttl_s,
-                "reason": str(decision.reason),
-                "stage": staged_now,
-                "stage_reason": str(decision.stage_reason),
-                "pinned": pinned,
-                "tool": call.tool,
-                "keep_tokens": decision.keep_tokens,
-                "staged_tokens": staged_tokens,
-                "costs": describe_costs(decision.costs),
-            },
-        )
+        """Log what was decided (`action`, `ttl_s`), next to what was done: in shadow mode, nothing."""
+        entry = {
+            "action": decision.action,
+            "ttl_s": decision.ttl_s,
+            "reason": str(decision.reason),
+            "stage": staging,
+            "stage_reason": str(decision.stage_reason),
+            "pinned": pinned_blocks > 0,
+            "tool": call.tool,
+            "keep_tokens": decision.keep_tokens,
+            "staged_tokens": staged_tokens,
+            "costs": describe_costs(decision.costs),
+            "decision_us": round((self._clock() - since_s) * 1e6, 1),
+        }
+        self._log.write("pause", turn.program, turn.request_id, entry)

@@ -50,10 +50,12 @@ class Returns:
         self._chains: dict[str, ChunkChain] = {}
 
     def readable_tokens(self, turn: Turn) -> int:
-        """Prompt tokens that a load could bring.
+        """Prompt tokens that a load could bring; 0 where the turn must do without the tier.
 
         Whole chunks, and never the last token, which is computed for its logits.
         """
+        if not turn.tierable or turn.bypass_tier or turn.request.skip_reading_prefix_cache:
+            return 0
         chunk = self._facts.chunk_tokens
         return (int(turn.request.num_tokens) - 1) // chunk * chunk
 

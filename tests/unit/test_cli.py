@@ -52,6 +52,8 @@ def test_dry_run_prints_exactly_the_command(model: str) -> None:
         "vllm", "serve", model, "--port", "8000", "-tp", "2",
         "--block-size", "32",
         "--tool-call-parser", "hermes", "--enable-auto-tool-choice",
+        "--scheduler-cls", "kvtier.scheduler.ProgramScheduler",
+        "--scheduling-policy", "priority",
         "--kv-transfer-config",
     ]  # fmt: skip
     assert json.loads(words[-1]) == {

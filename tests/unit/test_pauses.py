@@ -73,6 +73,7 @@ class Rig:
             self.stats,
             self.log,
             self._release,
+            lambda: 100.0 + 250e-6,
         )
         self.pauses.regret_s_per_block = (  # type: ignore[method-assign]
             lambda pin, _: self.regret.get(pin.key, 1.0)
@@ -206,7 +207,8 @@ def test_shadow_decides_and_changes_nothing(rig: Rig, tmp_path: Path) -> None:
     assert rig.stager.n_jobs == 0
     assert rig.decisions() == ["decisions|pause|pin|memory_free"]
     (line,) = (tmp_path / "log").read_text().splitlines()
-    assert json.loads(line)["action"] == "pin"
+    entry = json.loads(line)
+    assert (entry["action"], entry["pinned"], entry["stage"]) == ("pin", False, False)
 
 
 def test_shadow_displaces_nobody() -> None:
@@ -230,6 +232,7 @@ def test_the_log_says_why(tmp_path: Path) -> None:
         "staged_at_pause",
     )
     assert entry["costs"]["pin_and_stage"] <= min(entry["costs"].values())
+    assert entry["decision_us"] == 250.0
 
 
 def test_within_the_budget_the_cheapest_pins_yield() -> None:
@@ -259,6 +262,17 @@ def test_nobody_yields_to_equals() -> None:
     rig.regret["a3"] = 1.3
     assert rig.end("a3") is not None
     assert rig.released == [("x", ReleaseCause.BUDGET)]
+
+
+def test_client_and_log_are_told_what_was_done_not_what_was_wished(tmp_path: Path) -> None:
+    rig = Rig(budget_blocks=8, log_path=tmp_path / "log")
+    rig.end("x")
+    rig.regret = {"x": 1.0, "a": 1.2}
+    told = rig.end("a")
+    assert told is not None
+    assert (told["action"], told["pinned_blocks"], told["staging"]) == ("offload", 0, True)
+    entry = json.loads((tmp_path / "log").read_text().splitlines()[-1])
+    assert (entry["action"], entry["pinned"], entry["stage"]) == ("pin", False, True)
 
 
 def test_nobody_yields_if_it_would_not_be_enough() -> None:

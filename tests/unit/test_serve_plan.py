@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def plan(*words: str, **options: Any) -> ServePlan:
-    defaults: dict[str, Any] = {"cpu": False, "chat_template": None, "vllm": ["vllm"]}
+    defaults: dict[str, Any] = {
+        "cpu": False,
+        "chat_template": None,
+        "vllm": ["vllm"],
+        "program_scheduler": False,
+    }
     return plan_serve("m", words, **{**defaults, **options})
 
 
@@ -133,22 +138,21 @@ def test_flag_without_its_value() -> None:
         plan("--tool-call-parser")
 
 
-@pytest.mark.parametrize(
-    ("words", "cpu", "name"),
-    [
-        ((), False, "AsyncProgramScheduler"),
-        (("--no-async-scheduling",), False, "ProgramScheduler"),
-        ((), True, "ProgramScheduler"),
-    ],
-)
-def test_program_scheduler(words: tuple[str, ...], name: str, *, cpu: bool) -> None:
-    flags = flags_of(plan(*words, cpu=cpu, program_scheduler=True))
-    assert flags[flags.index("--scheduler-cls") + 1] == f"kvtier.scheduler.{name}"
-    assert flags[flags.index("--scheduling-policy") + 1] == "priority"
+@pytest.mark.parametrize("asked", [None, True])
+def test_requests_are_ordered_by_program(*, asked: bool | None) -> None:
+    assert flags_of(plan(program_scheduler=asked)) == (
+        "--scheduler-cls",
+        "kvtier.scheduler.ProgramScheduler",
+        "--scheduling-policy",
+        "priority",
+    )
 
 
-def test_scheduler_is_vllms_unless_asked() -> None:
-    assert "--scheduler-cls" not in plan().argv
+@pytest.mark.parametrize("words", [("--scheduler-cls", "a.B"), ("--scheduling-policy", "fcfs")])
+def test_another_scheduler_of_the_users_choice_stays(words: tuple[str, ...]) -> None:
+    made = plan(*words, program_scheduler=None)
+    assert flags_of(made) == words
+    assert any("your flags choose the scheduler" in note for note in made.notes)
 
 
 def test_given_priority_policy_is_not_repeated() -> None:
