@@ -156,6 +156,8 @@ class AdmissionController(Generic[Key]):
         # Requests that started less those that ended since the view was taken.
         self._running_since_view = 0
         self._now_s = float("-inf")
+        self.patience_s = self._patience_s()
+        """Waiting time after which a request comes before all that have waited for less."""
         self._working_set: WorkingSet[Key] = WorkingSet(self.config.long_pause_s)
 
     @property
@@ -173,15 +175,6 @@ class AdmissionController(Generic[Key]):
         """Programs that run, pause for a short time or wait to begin, and the blocks they take."""
         n_programs = len(self._working_set) + self._new_requests
         return n_programs, self._working_set.blocks + self._new_blocks
-
-    @property
-    def patience_s(self) -> float:
-        """Waiting time after which a request comes before all that have waited for less."""
-        if self.config.aging_s == 0:
-            return float("inf")
-        if self._view.round_s <= 0:
-            return self.config.aging_s
-        return min(self.config.aging_s, max(MIN_PATIENCE_S, self._view.round_s))
 
     def on_arrival(
         self,
@@ -261,6 +254,7 @@ class AdmissionController(Generic[Key]):
         self._view = view
         self._scan_open = False
         self._running_since_view = 0
+        self.patience_s = self._patience_s()
         self._working_set.expire(view.now_s)
 
     def decide(self, request_id: str, needed_blocks: int, now_s: float) -> AdmissionDecision:
@@ -291,6 +285,13 @@ class AdmissionController(Generic[Key]):
         if not self._is_blocked(entry, now_s):
             self._push(entry)
         return decision
+
+    def _patience_s(self) -> float:
+        if self.config.aging_s == 0:
+            return float("inf")
+        if self._view.round_s <= 0:
+            return self.config.aging_s
+        return min(self.config.aging_s, max(MIN_PATIENCE_S, self._view.round_s))
 
     def _judge(self, entry: _Waiting[Key], needed_blocks: int, now_s: float) -> AdmissionDecision:
         deferred = entry.deferred_since_s

@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 REFIT_EVERY = 8
 """Samples between two fits: one costs 0.1 ms, and the coefficients change slowly."""
@@ -31,10 +30,11 @@ class DecayedFit:
     def __init__(self, initial: Sequence[float]) -> None:
         """Start from the coefficients ``initial``, not all zero."""
         size = len(initial)
-        self._initial: npt.NDArray[np.float64] = np.array(initial, dtype=np.float64)
+        self._initial = tuple(initial)
         self.coefficients = tuple(initial)
-        self._normal: npt.NDArray[np.float64] = np.zeros((size, size))
-        self._target: npt.NDArray[np.float64] = np.zeros(size)
+        # Lists while samples come in: for so few numbers faster than arrays.
+        self._normal = [[0.0] * size for _ in range(size)]
+        self._target = [0.0] * size
         self._weight = 0.0
         self._unsolved = 0
         self._scale_weight = INITIAL_WEIGHT
@@ -44,17 +44,20 @@ class DecayedFit:
     def observe(self, features: Sequence[float], seconds: float) -> None:
         """Add one sample; refit for each while there are few, then for every eighth."""
         check_seconds(seconds)
-        sample = np.array(features)
-        expected_s = max(float(self._initial @ sample), 1e-9)
-        believed_s = self._believe(seconds, max(float(sample @ self.coefficients), 1e-9))
+        expected_s = max(sumprod(self._initial, features), 1e-9)
+        believed_s = self._believe(seconds, max(sumprod(self.coefficients, features), 1e-9))
         self._scale_weight = DECAY * self._scale_weight + 1.0
         self._log_scale_sum = DECAY * self._log_scale_sum + math.log(believed_s / expected_s)
         self._weight = DECAY * self._weight + 1.0
         # Rows are divided by the initial model's time, so that long samples do not dominate and
         # the weights stay comparable when the speed itself changes.
-        row = sample / expected_s
-        self._target = DECAY * self._target + row * (believed_s / expected_s)
-        self._normal = DECAY * self._normal + np.outer(row, row)
+        row = [value / expected_s for value in features]
+        ratio = believed_s / expected_s
+        for i, left in enumerate(row):
+            self._target[i] = DECAY * self._target[i] + left * ratio
+            sums = self._normal[i]
+            for j, right in enumerate(row):
+                sums[j] = DECAY * sums[j] + left * right
         self._unsolved += 1
         if self._weight < REFIT_EVERY or self._unsolved >= REFIT_EVERY:
             self._unsolved = 0
@@ -76,16 +79,18 @@ class DecayedFit:
     def _solve(self) -> tuple[float, ...]:
         """Solve the ridge system, leaving out coefficients that would become negative."""
         scale = math.exp(self._log_scale_sum / self._scale_weight)
-        solution = scale * self._initial
-        norm = np.sqrt(np.diag(self._normal))
+        anchor = scale * np.array(self._initial)
+        solution = anchor.copy()
+        normal, target = np.array(self._normal), np.array(self._target)
+        norm = np.sqrt(np.diag(normal))
         # A feature that was zero in every sample keeps its scaled initial coefficient.
         active = np.flatnonzero(norm > 0.0)
         ridge = RIDGE_WEIGHT / self._weight
         while active.size:
             scales = norm[active]
-            matrix = self._normal[np.ix_(active, active)] / np.outer(scales, scales)
+            matrix = normal[np.ix_(active, active)] / np.outer(scales, scales)
             matrix[np.diag_indices_from(matrix)] += ridge
-            right = self._target[active] / scales + ridge * scale * self._initial[active] * scales
+            right = target[active] / scales + ridge * anchor[active] * scales
             values = np.linalg.solve(matrix, right)
             worst = int(values.argmin())
             if values[worst] >= 0.0:
@@ -94,6 +99,11 @@ class DecayedFit:
             solution[active[worst]] = 0.0
             active = np.delete(active, worst)
         return tuple(solution.tolist())
+
+
+def sumprod(left: Sequence[float], right: Sequence[float]) -> float:
+    """Sum of products (`math.sumprod` comes with Python 3.12)."""
+    return sum(a * b for a, b in zip(left, right, strict=True))
 
 
 def check_seconds(seconds: float) -> None:

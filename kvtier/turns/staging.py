@@ -212,7 +212,8 @@ class Stager:
             for key in list(self._jobs):
                 self._stats.count("failures", 1, "stage_no_tier")
                 self.cancel(key)
-        self._reserve_next()
+        if self._jobs:
+            self._reserve_next()
         ready = [o for o in self._ready if self._order_is_live(o, now_s)]
         self._ready = []
         return ready
