@@ -296,6 +296,8 @@ def server_spec(settings: Settings, run_dir: Path) -> Any:
         name=SERVER_NAME,
         server_module="kvtier.server_module",
         server_module_config_json=json.dumps(config),
+        # The workers copy. A server that saw the GPUs would keep a context, and memory, on one.
+        env=(("CUDA_VISIBLE_DEVICES", ""), ("HIP_VISIBLE_DEVICES", "")),
         grace_s=settings.server_grace_s,
     )
 
