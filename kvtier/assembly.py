@@ -22,8 +22,6 @@ from kvtier.programs import ProgramLimits, ProgramTable
 from kvtier.scheduler_half import SchedulerHalf
 from kvtier.stats import Stats
 from kvtier.tools.detection import ToolCallDetector
-from kvtier.ttl.gaps import GapBook
-from kvtier.ttl_controller import OutputReuse
 from kvtier.turns.decision_log import DecisionLog
 from kvtier.turns.engine_facts import EngineFacts
 from kvtier.turns.live_mode import LiveMode, Mode
@@ -43,6 +41,8 @@ LMCACHE_CHUNK_TOKENS = 256
 SERVER_NAME = "kvtier"
 REQUIRE_TIMEOUT_S = 180.0
 MAX_PREFILL_SAMPLES = 256
+SUPPORTED_SPECS = {"FullAttentionSpec", "MLAAttentionSpec", "UniformTypeKVCacheSpecs"}
+"""vLLM's kinds of KV cache that keep every token. A group of the last kind holds one kind of layer."""
 
 
 class Unsupported(Exception):  # noqa: N818 - a state, not a failure
@@ -68,10 +68,21 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
             "--prefix-cache-retention-interval, without which finished turns are not reusable at all"
         )
         raise Unsupported(message)
+    kinds = {type(group.kv_cache_spec).__name__ for group in groups} - SUPPORTED_SPECS
+    if kinds:
+        message = (
+            f"the model's KV cache is a {kinds.pop()}; kvtier handles full attention and MLA. Where the "
+            "attention has a sliding window only, its KV is no prefix that could be kept"
+        )
+        raise Unsupported(message)
 
 
 def block_bytes(kv_cache_config: Any) -> int:
     """KV bytes of a block over all layers of one rank."""
+    # Layers of different sizes are one group, and then the scheduler sees one layer's size only.
+    total = sum(int(tensor.size) for tensor in kv_cache_config.kv_cache_tensors)
+    if total:
+        return total // int(kv_cache_config.num_blocks)
     return sum(
         len(group.layer_names) * int(group.kv_cache_spec.page_size_bytes)
         for group in kv_cache_config.kv_cache_groups
@@ -102,7 +113,7 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
     bytes_a_block = block_bytes(kv_cache_config)
     identity = {
         "model": model.model,
-        "weights": _weights_fingerprint(model.model),
+        "weights": _weights_fingerprint(model.model, model.revision),
         "revision": settings.model_revision or model.revision or "",
         "dtype": str(model.dtype),
         "kv_dtype": str(cache.cache_dtype),
@@ -111,7 +122,8 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
         "block_tokens": str(block_tokens),
         "chunk_tokens": str(chunk_tokens),
         "ranks": f"{parallel.tensor_parallel_size}x{parallel.pipeline_parallel_size}",
-        "layout": str(os.environ.get("VLLM_KV_CACHE_LAYOUT", "")),
+        "layout": _kv_layout_name(vllm_config, kv_cache_config),
+        "config": _config_digest(model),
         "format": "1",
     }
     width = model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size
@@ -155,8 +167,6 @@ def build_scheduler_half(
             lease_s=settings.lease_s,
             stage=settings.stage,
         ),
-        GapBook(),
-        OutputReuse(),
     )
     half = SchedulerHalf(
         facts,
@@ -257,8 +267,9 @@ def build_worker_half(vllm_config: Any, kv_cache_config: Any, settings: Settings
         slot_bytes=facts.slot_bytes,
         chunk_blocks=facts.chunk_blocks,
         n_blocks=int(kv_cache_config.num_blocks),
-        model=facts.namespace(0),
-        profile_dir=_profile_dir(settings) if settings.calibrate == "auto" else None,
+        model=facts.namespace(),
+        profile_dir=_profile_dir(settings),
+        may_measure=settings.calibrate == "auto",
     )
 
 
@@ -300,6 +311,26 @@ def server_spec(settings: Settings, run_dir: Path) -> Any:
         env=(("CUDA_VISIBLE_DEVICES", ""), ("HIP_VISIBLE_DEVICES", "")),
         grace_s=settings.server_grace_s,
     )
+
+
+def _kv_layout_name(vllm_config: Any, kv_cache_config: Any) -> str:
+    """What decides in which order a block's bytes are: vLLM's layout, else what it is chosen by."""
+    cache = vllm_config.cache_config
+    layout = getattr(kv_cache_config, "kv_cache_layout", None) or getattr(
+        cache, "kv_cache_layout", None
+    )
+    backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
+    return f"{layout or os.environ.get('VLLM_KV_CACHE_LAYOUT', '')}/{backend or ''}"
+
+
+def _config_digest(model: Any) -> str:
+    """Digest of the model's configuration as it is used, overrides of the command line included."""
+    values = model.hf_text_config.to_dict()
+    kept = {
+        k: v for k, v in values.items() if not k.startswith("_") and k != "transformers_version"
+    }
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _pin_only(settings: Settings, why: str) -> tuple[TierBackend, Any]:
@@ -366,14 +397,25 @@ def _parameters(model: Any) -> int:
     return 12 * int(model.get_total_num_hidden_layers()) * hidden * hidden + vocab * hidden
 
 
-def _weights_fingerprint(model: str) -> str:
-    """For a local directory: its weight files' names, sizes and times.
+def _weights_fingerprint(model: str, revision: str | None) -> str:
+    """For a local directory: its weight files' names, sizes and times; else the hub's commit.
 
-    A changed checkpoint under the same path must not read the KV of the old one.
+    A changed checkpoint under the same name must not read the KV of the old one.
     """
     path = Path(model)
     if not path.is_dir():
-        return ""
+        return _snapshot(model, revision)
     files = sorted((*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("config.json")))
     facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return hashlib.sha256(f"{facts}{__version__}".encode()).hexdigest()[:16]
+
+
+def _snapshot(model: str, revision: str | None) -> str:
+    """The commit of a hub model in the local cache, where vLLM has just loaded it from."""
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - only for hub models
+
+    try:
+        config = try_to_load_from_cache(model, "config.json", revision=revision)
+    except ValueError:
+        return ""
+    return Path(config).parent.name if isinstance(config, str) else ""

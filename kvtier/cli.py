@@ -46,8 +46,8 @@ def serve(
         bool | None,
         typer.Option(
             "--program-scheduler/--no-program-scheduler",
-            help="Order requests by program inside vLLM's scheduler. Default: yes, unless your "
-            "flags choose another scheduler or policy.",
+            help="Order requests by program inside vLLM's scheduler, under its priority policy. "
+            "Default: yes, unless your flags choose another scheduler or policy, or kvtier is not on.",
             show_default=False,
         ),
     ] = None,
@@ -74,12 +74,16 @@ def serve(
         template = None
         if not flags.given("--tool-call-parser"):
             template = read_chat_template(model, flags.value("--chat-template"))
+        configured = Settings.load()
+        if program_scheduler is None and configured.mode != "on":
+            # kvtier is to change nothing: neither the order nor what clients' priorities mean.
+            program_scheduler = False
         plan = plan_serve(
             model,
             words,
             cpu=cpu,
             chat_template=template,
-            configured_parser=Settings.load().tool_call_parser,
+            configured_parser=configured.tool_call_parser,
             program_scheduler=program_scheduler,
         )
         # Whatever is wrong with a setting must show here, not minutes later in the engine.

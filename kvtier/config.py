@@ -89,7 +89,7 @@ class Settings(BaseSettings):
     # What kvtier does at all.
     mode: Annotated[Literal["on", "shadow", "off"], _Switch] = Field(
         default="on",
-        description="on: decide and act. shadow: decide and log, change nothing. "
+        description="on: decide and act. shadow: decide each pause and log it, change nothing. "
         "off: pass every request through.",
     )
     switch_file: Annotated[Path | None, _Optional] = Field(
@@ -106,11 +106,6 @@ class Settings(BaseSettings):
     # GPU memory and how long a program may keep it.
     pin_budget_fraction: Share = Field(
         default=0.5, description="Largest share of the GPU's KV blocks that pins may hold, 0 to 1."
-    )
-    headroom_blocks: Annotated[Natural | None, _Auto] = Field(
-        default=None,
-        description="GPU blocks kept free of pins for running requests to grow into. "
-        "auto: from the engine's batch limits.",
     )
     ttl_policy: Literal["auto", "fixed"] = Field(
         default="auto",
@@ -187,8 +182,9 @@ class Settings(BaseSettings):
     )
     lmcache_url: Annotated[Address | None, _Optional] = Field(
         default=None,
-        description="Join this server instead of the host's: the ZeroMQ address of its kvtier "
-        "module, tcp://HOST:PORT or ipc://PATH.",
+        description="Join this server instead of the one that kvtier keeps: the ZeroMQ address of "
+        "its kvtier module, ipc://PATH or tcp://127.0.0.1:PORT. It must run on this host and share "
+        "shared memory and the PID namespace.",
     )
     dram_gb: Annotated[Positive | None, _Auto] = Field(
         default=None,
@@ -216,8 +212,8 @@ class Settings(BaseSettings):
     # Measuring.
     calibrate: Annotated[Literal["auto", "off"], _Switch] = Field(
         default="auto",
-        description="auto: measure link and prefill when no profile of this machine and model "
-        "exists. off: use the profile, or formulas without one.",
+        description="auto: measure the link when no profile of this machine and model exists. off: "
+        "use the profile, or guesses without one. Prefill is learned as the engine works.",
     )
     profile_dir: Annotated[Path | None, _Optional] = Field(
         default=None, description="Where profiles are kept. none: the user's cache directory."

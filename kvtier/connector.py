@@ -25,10 +25,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvtier.config import Settings
 from kvtier.metadata import KVTierMetadata, KVTierWorkerMetadata
 from kvtier.metrics import KVTierPromMetrics, KVTierStats
+from kvtier.orders import StepOrders, failing_load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvtier.backend import Region
+    from kvtier.orders import Order
     from kvtier.scheduler_half import SchedulerHalf
     from kvtier.worker_half import WorkerHalf
 
@@ -82,6 +85,12 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler_half: SchedulerHalf | None = None
         self.worker_half: WorkerHalf | None = None
         self._lease: Any = None
+        self._step_id = 0
+        # Orders that must still reach the workers when the scheduler half has gone.
+        self._last_loads: list[Order] = []
+        self._last_region: Region | None = None
+        self._local_tokens = 0
+        self._block_tokens = int(vllm_config.cache_config.block_size)
         self._stats_off: dict[str, Any] = {}
         from kvtier import assembly  # noqa: PLC0415 - heavy; the API process never gets here
 
@@ -110,6 +119,9 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
             return
         half.stats.count("failures", 1, "internal")
         self._stats_off = half.stats.take()
+        # Requests that wait for these would wait for ever.
+        self._last_loads += half.reader.take_orders()
+        self._last_region = half.tier.region
         try:
             half.shutdown()
         except Exception:
@@ -131,12 +143,39 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         half.bind(VllmBlockPool(manager.block_pool))
         wrap_allocation(manager, self._make_room, self._before_reset)
 
-    @_guarded(None)
     def _make_room(
         self, request: Any, retry: Callable[[], Any], need_blocks: Callable[[], int]
     ) -> Any:
+        """See `SchedulerHalf.make_room`. What vLLM itself raises in `retry` is vLLM's to handle."""
+        raised: list[Exception] = []
+
+        def noted_retry() -> Any:
+            try:
+                return retry()
+            except Exception as error:
+                raised.append(error)
+                raise
+
+        result = self._guarded_make_room(request, noted_retry, need_blocks, raised)
+        if raised:
+            raise raised[0]
+        return result
+
+    @_guarded(None)
+    def _guarded_make_room(
+        self,
+        request: Any,
+        retry: Callable[[], Any],
+        need_blocks: Callable[[], int],
+        raised: list[Exception],
+    ) -> Any:
         assert self.scheduler_half is not None
-        return self.scheduler_half.make_room(request, retry, need_blocks)
+        try:
+            return self.scheduler_half.make_room(request, retry, need_blocks)
+        except Exception:
+            if raised:
+                return None
+            raise
 
     @_guarded(None)
     def _before_reset(self) -> None:
@@ -157,19 +196,35 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[int | None, bool]:
         """See `SchedulerHalf.match`. Loads are always asynchronous."""
         assert self.scheduler_half is not None
+        self._local_tokens = num_computed_tokens
         n_tokens = self.scheduler_half.match(request, num_computed_tokens)
         return n_tokens, bool(n_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """See `SchedulerHalf.on_allocated`."""
-        self._on_allocated(request, lambda: blocks.get_block_ids()[0], num_external_tokens)
+        ordered = self._on_allocated(
+            request, lambda: blocks.get_block_ids()[0], num_external_tokens
+        )
+        if num_external_tokens and not ordered:
+            # vLLM will wait for this load, though kvtier has failed: one that fails ends the wait.
+            first = self._local_tokens // self._block_tokens
+            last = -(-(self._local_tokens + num_external_tokens) // self._block_tokens)
+            missing = blocks.get_block_ids()[0][first:last]
+            self._last_loads.append(failing_load(request.request_id, missing))
 
-    @_guarded(None)
+    @_guarded(False)
     def _on_allocated(
         self, request: Any, block_ids: Callable[[], list[int]], n_external: int
-    ) -> None:
+    ) -> bool:
         assert self.scheduler_half is not None
         self.scheduler_half.on_allocated(request, block_ids, n_external)
+        return True
+
+    @_guarded(None)
+    def program_age_s(self, request: Any) -> float | None:
+        """For `kvtier.scheduler`: how long ago the program of a request came."""
+        assert self.scheduler_half is not None
+        return self.scheduler_half.program_age_s(request)
 
     @_guarded((False, None))
     def request_finished_all_groups(
@@ -198,22 +253,26 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """See `SchedulerHalf.build`."""
         metadata = self._build(scheduler_output)
-        return metadata if metadata is not None else KVTierMetadata()
+        if metadata is not None:
+            return metadata
+        orders = StepOrders(self._last_region, self._last_loads)
+        self._last_loads = []
+        return KVTierMetadata(orders)
 
     @_guarded(None)
     def _build(self, output: Any) -> KVTierMetadata:
         assert self.scheduler_half is not None
-        return KVTierMetadata(self.scheduler_half.build(_step_facts(output)))
+        from kvtier.turns.step_view import step_facts  # noqa: PLC0415 - not in the API process
+
+        return KVTierMetadata(self.scheduler_half.build(step_facts(output)))
 
     @_guarded(None)
     def update_connector_output(self, connector_output: Any) -> None:
-        """See `SchedulerHalf.on_results`."""
+        """See `SchedulerHalf.on_worker`."""
         assert self.scheduler_half is not None
         meta = connector_output.kv_connector_worker_meta
         if isinstance(meta, KVTierWorkerMetadata):
             self.scheduler_half.on_worker(meta)
-        else:
-            self.scheduler_half.on_results(())
 
     @_guarded(False)
     def has_pending_push_work(self) -> bool:
@@ -238,7 +297,10 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Start the step's copies now, before the forward pass, so that they overlap with it."""
         super().bind_connector_metadata(connector_metadata)
-        if self.worker_half is not None and isinstance(connector_metadata, KVTierMetadata):
+        if not isinstance(connector_metadata, KVTierMetadata):
+            return
+        self._step_id = connector_metadata.orders.step_id
+        if self.worker_half is not None:
             self.worker_half.submit(connector_metadata.orders)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -270,13 +332,11 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         return self.worker_half.take_bad_blocks() if self.worker_half is not None else set()
 
     def build_connector_worker_meta(self) -> KVTierWorkerMetadata | None:
-        """Results for the scheduler half."""
+        """The end of a step, and results, for the scheduler half."""
         if self.worker_half is None:
-            return None
-        results, calibration = self.worker_half.take_results(), self.worker_half.take_calibration()
-        if not results and calibration is None:
-            return None
-        return KVTierWorkerMetadata(results, calibration)
+            return KVTierWorkerMetadata(step_id=self._step_id) if self._step_id else None
+        half = self.worker_half
+        return KVTierWorkerMetadata(half.take_results(), half.take_calibration(), self._step_id)
 
     # -- both --------------------------------------------------------------------------------------
 
@@ -315,38 +375,3 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         if self._lease is not None:
             self._lease.close()
             self._lease = None
-
-
-def _step_facts(output: Any) -> Any:
-    from kvtier.turns.engine_facts import StepFacts  # noqa: PLC0415
-
-    total = int(output.total_num_scheduled_tokens)
-    scheduled: dict[str, int] = output.num_scheduled_tokens
-    facts = StepFacts(
-        scheduled_tokens=total,
-        running_requests=len(scheduled),
-        preempted_requests=len(output.preempted_req_ids or ()),
-    )
-    if not scheduled:
-        return facts
-    request_id, n_tokens = max(scheduled.items(), key=lambda item: item[1])
-    if n_tokens > 1 and n_tokens >= PREFILL_SHARE * total:
-        cached = _computed_before(output, request_id)
-        if cached is not None:
-            facts.prefill = (cached, n_tokens)
-    return facts
-
-
-PREFILL_SHARE = 0.9
-"""A step with at least this share of one request's tokens tells how long a prefill takes."""
-
-
-def _computed_before(output: Any, request_id: str) -> int | None:
-    for new in output.scheduled_new_reqs:
-        if new.req_id == request_id:
-            return int(new.num_computed_tokens)
-    cached = output.scheduled_cached_reqs
-    for known, n_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=False):
-        if known == request_id:
-            return int(n_computed)
-    return None

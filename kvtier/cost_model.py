@@ -122,11 +122,11 @@ class PauseState:
         running_requests: requests that a step serves now.
         pin_budget_blocks_left: blocks that may still be pinned.
         output_tokens: how many of the reusable tokens belong to this turn's output.
-        output_reuse: learned probability that they are hit (:class:`~kvtier.ttl_controller.
-            OutputReuse`).
+        output_reuse: learned probability that they are hit
+            (:class:`~kvtier.ttl_controller.OutputReuse`).
         ttl_bound: an override that applies to this pause.
         max_ttl_s: longest TTL.
-        pin_break_probability: share of pins that pressure releases before the return; counted.
+        pin_break_probability: share of pins that pressure releases before the return.
         tier_retention_s: time for which the tier is expected to keep a copy.
         store_interference: seconds that a second of storing takes from each running request.
         load_interference: the same for loading.

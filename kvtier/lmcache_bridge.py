@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _HELLO_ID = 0
 
+GOODBYE_MS = 200
+"""How long leaving may take at most."""
 FIRST_REVIVAL_S = 15.0
 LONGEST_REVIVAL_S = 600.0
 """A server that has been away for so long is called back; twice as long after each call in vain."""
@@ -99,11 +101,11 @@ class LMCacheBridge:
         socket.connect(self._config.endpoint)
         return socket
 
-    def _close_socket(self) -> None:
+    def _close_socket(self, linger_ms: int = 0) -> None:
         self._socket.disable_monitor()
         # Closed by nobody else, and an open one would make the context's end wait for ever.
         self._monitor.close()
-        self._socket.close()
+        self._socket.close(linger=linger_ms)
 
     def _disconnected(self) -> bool:
         lost = False
@@ -193,8 +195,18 @@ class LMCacheBridge:
         return events
 
     def close(self) -> None:
-        """Leave. The server releases this engine's locks when the process is gone."""
-        self._close_socket()
+        """Leave: the server releases what this engine holds as soon as no copy can be using it.
+
+        Idempotent.
+        """
+        if self._socket.closed:
+            return
+        if self._state is TierState.READY:
+            # A new session ends the old one; it will hold nothing.
+            self._session += 1
+            self._hello_sent_s = float("-inf")
+            self._say_hello()
+        self._close_socket(linger_ms=GOODBYE_MS)
         self._zmq.term()
 
     # -- internals ---------------------------------------------------------------------------------
@@ -292,7 +304,7 @@ class LMCacheBridge:
             self._events.append(StateChanged(self._state, detail))
 
     def _refused(self, reply: wire.Failed) -> None:
-        if reply.reason in ("api_mismatch", "no_shared_memory"):
+        if reply.reason in ("api_mismatch", "no_shared_memory", "not_on_this_host"):
             self._incompatible = reply.detail
         self._go_away(reply.reason, reply.detail)
 

@@ -42,8 +42,8 @@ class KVTierStats(KVConnectorStats):
         return {key.replace(SEPARATOR, "."): v for key, v in self.data.get("counters", {}).items()}
 
     def is_empty(self) -> bool:
-        """Whether nothing was counted."""
-        return not self.data.get("counters") and not self.data.get("samples")
+        """Whether there is nothing to tell: vLLM drops what is empty."""
+        return not any(self.data.values())
 
 
 class KVTierPromMetrics(KVConnectorPromMetrics):

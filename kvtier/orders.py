@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvtier.backend import Region
 
 Direction = Literal["store", "load"]
@@ -41,13 +43,33 @@ class Order:
     deadline_s: float
 
 
+def failing_load(request_id: str, block_ids: Sequence[int]) -> Order:
+    """A load that every worker refuses: vLLM computes what it waits for. It belongs to no region."""
+    return Order(
+        order_id=0,
+        direction="load",
+        request_id=request_id,
+        block_ids=tuple(block_ids),
+        slots=[],
+        chunk_blocks=1,
+        skip_blocks=0,
+        generation="",
+        deadline_s=0.0,
+    )
+
+
 @dataclass(slots=True)
 class StepOrders:
-    """Orders of one step, and the region they point into."""
+    """Orders of one step, and the region they point into.
+
+    Attributes:
+        step_id: Names the step in the workers' report; 0 where nobody waits for one.
+    """
 
     region: Region | None = None
     loads: list[Order] = field(default_factory=list)
     stores: list[Order] = field(default_factory=list)
+    step_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +127,7 @@ class WorkerReport(Protocol):
 
     results: list[OrderResult]
     calibration: Calibration | None
+    step_id: int
 
 
 class OrderIds:

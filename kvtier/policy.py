@@ -1,7 +1,7 @@
 """The measured state of one engine and the decisions made from it.
 
-Holds the estimators (link both ways, prefill, queue, gaps, reuse of outputs), feeds them with what the
-engine observes, and asks `cost_model` and `ttl_controller`. Deterministic: no clock, no randomness.
+Holds the estimators (link both ways, prefill, queue, generation) and the `TtlController`, feeds them with
+what the engine observes, and asks `cost_model`. Deterministic: no clock, no randomness.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from kvtier.cost_model import (
     PauseState,
     ReturnReason,
     ReturnState,
-    TtlBound,
     decide_pause,
     decide_return,
 )
@@ -28,13 +27,10 @@ from kvtier.costs.estimators import (
     PrefillModel,
     QueueEstimator,
 )
-from kvtier.costs.pinned_turn import PinnedTurn
+from kvtier.ttl_controller import TtlController
 
 if TYPE_CHECKING:
-    from kvtier.gpu_pin import Pin
     from kvtier.orders import Calibration, OrderResult
-    from kvtier.ttl.gaps import GapBook
-    from kvtier.ttl_controller import OutputReuse
     from kvtier.turns.engine_facts import EngineFacts, StepFacts
 
 COLD_CPU_FLOPS = 1e11
@@ -46,8 +42,11 @@ decisions do not rely on a link that may not be there."""
 CPU_INTERFERENCE = 0.3
 """Where copies share cores with compute, a second of copying costs each running request this much."""
 
-_MODEL = ""
-"""One engine serves one model; adapters share its template."""
+PROBE_EVERY = 16
+"""Returns in a row for which a load seemed too slow, after which one is tried all the same: a link that
+is never used is never measured again."""
+PROBE_RATIO = 4.0
+"""... where it is expected to take at most so many times as long as computing."""
 
 RunReload = Literal["auto", "always", "never", "first_k"]
 
@@ -112,13 +111,10 @@ class PauseFacts:
 class Policy:
     """See the module's docstring."""
 
-    def __init__(
-        self, facts: EngineFacts, config: PolicyConfig, gaps: GapBook, output_reuse: OutputReuse
-    ) -> None:
+    def __init__(self, facts: EngineFacts, config: PolicyConfig) -> None:
         self.facts = facts
         self.config = config
-        self.gaps = gaps
-        self.output_reuse = output_reuse
+        self.ttl = TtlController(fixed_ttl_s=config.fixed_ttl_s)
         self.store_link = LinkEstimator(COLD_LINK)
         self.load_link = LinkEstimator(COLD_LINK)
         flops = COLD_CPU_FLOPS if facts.on_cpu else COLD_GPU_FLOPS
@@ -132,30 +128,26 @@ class Policy:
         self._interference = CPU_INTERFERENCE if facts.on_cpu else 0.0
         self._run_bytes = max(1, facts.block_bytes // max(1, facts.n_layers))
         self._running_requests = 0
+        self._returns_without_load = 0
         self.profile_path = ""
         self.prefill_samples: deque[tuple[int, int, float]] = deque(maxlen=64)
 
     def seed_from(self, calibration: Calibration) -> None:
         """Start from measured speeds instead of cold guesses."""
-        self.store_link = LinkEstimator(LinkModel(*calibration.store))
-        self.load_link = LinkEstimator(LinkModel(*calibration.load))
+        # One rank was measured; all copy at once, each over its own link.
+        self.store_link = LinkEstimator(_times(self.facts.ranks, LinkModel(*calibration.store)))
+        self.load_link = LinkEstimator(_times(self.facts.ranks, LinkModel(*calibration.load)))
         self.profile_path = calibration.profile_path
         for cached_tokens, new_tokens, seconds in calibration.prefill:
             self.prefill.observe(cached_tokens, new_tokens, seconds)
 
     # -- observations ------------------------------------------------------------------------------
 
-    def observe_gap(self, tool: str | None, gap_s: float) -> None:
-        """A program returned after `gap_s`."""
-        self.gaps.record(tool, gap_s)
-
-    def observe_censored(self, tool: str | None, waited_s: float) -> None:
-        """A program had not returned after `waited_s`, and is no longer watched."""
-        self.gaps.record_censored(tool, waited_s)
-
     def observe_copy(self, result: OrderResult) -> None:
         """A copy took this long."""
         link = self.store_link if result.direction == "store" else self.load_link
+        if result.direction == "load":
+            self._returns_without_load = 0
         link.observe(result.n_bytes, result.run_bytes, result.seconds)
         if result.run_bytes > 0:
             self._run_bytes = result.run_bytes
@@ -176,13 +168,13 @@ class Policy:
         """A turn has ended with an output of so many tokens."""
         self.generation.observe_turn(tokens)
 
+    def observe_return(self, reason: str) -> None:
+        """A return was decided for this reason."""
+        self._returns_without_load += reason == ReturnReason.RECOMPUTE_CHEAPER
+
     def observe_wait(self, predicted_s: float, actual_s: float) -> None:
         """A request waited `actual_s` for its blocks."""
         self.queue.observe_wait(predicted_s, actual_s)
-
-    def observe_output_reuse(self, hit_tokens: int, output_tokens: int) -> None:
-        """The next prompt hit this much of a pinned turn's output part."""
-        self.output_reuse.observe(_MODEL, hit_tokens, output_tokens)
 
     # -- decisions ---------------------------------------------------------------------------------
 
@@ -204,16 +196,34 @@ class Policy:
         return n_programs * (prefill_s + self.generation.turn_s())
 
     def decide_return(
-        self, prompt_tokens: int, local_tokens: int, tier_tokens: int, backlog_tokens: int
+        self,
+        prompt_tokens: int,
+        local_tokens: int,
+        tier_tokens: int,
+        *,
+        backlog_tokens: int,
+        waiting_requests: int,
     ) -> tuple[ReturnChoice, dict[str, Any]]:
-        """How much to reload of what the tier holds; and the entry for the decision log."""
-        state = self._return_state(prompt_tokens, local_tokens, tier_tokens, backlog_tokens)
+        """How much to reload of what the tier holds; and the entry for the decision log.
+
+        Args:
+            prompt_tokens: Of the returning request.
+            local_tokens: Those of them that GPU memory holds.
+            tier_tokens: Those that the tier holds, from the first one on too.
+            backlog_tokens: Of loads under way.
+            waiting_requests: Others that wait.
+        """
+        state = self._return_state(
+            prompt_tokens, local_tokens, tier_tokens, backlog_tokens, waiting_requests
+        )
         chunk = self.facts.chunk_tokens
         forced = self._forced_reload(tier_tokens)
         if forced is None:
             decision = decide_return(state)
             source, tokens, reason = decision.source, decision.reload_tokens, str(decision.reason)
             costs = dict(decision.costs)
+            if decision.reason is ReturnReason.RECOMPUTE_CHEAPER and self._is_worth_a_probe(costs):
+                source, tokens, reason = "reload", tier_tokens // chunk * chunk, "link_probe"
         else:
             tokens = forced // chunk * chunk
             source = "reload" if tokens > local_tokens else "recompute"
@@ -262,42 +272,31 @@ class Policy:
             running_requests=pause.running_requests,
             pin_budget_blocks_left=pause.budget_left_blocks,
             output_tokens=max(0, reusable_tokens - pause.prompt_tokens),
-            output_reuse=self.output_reuse.probability(_MODEL),
-            ttl_bound=self._ttl_bound(pause.hint_ttl_s),
+            output_reuse=self.ttl.output_reuse,
+            ttl_bound=self.ttl.bound(pause.hint_ttl_s),
             max_ttl_s=self.config.max_ttl_s,
+            pin_break_probability=self.ttl.pin_break_probability,
             tier_retention_s=self.config.lease_s,
             store_interference=max(0.01, self._interference),
             load_interference=self._interference,
         )
-        return decide_pause(state, self.gaps.curve(pause.tool))
-
-    def regret_s_per_block(self, pin: Pin, now_s: float, *, staged: bool) -> float:
-        """Expected loss of ending a pin now, seconds a block: what a miss costs times its chance.
-
-        The chance is that of a return within the time the pin would still last, given how long the
-        program is away already: ``1 - S(waited + left) / S(waited)``.
-
-        Args:
-            pin: Its `data` is a `PinnedTurn`.
-            now_s: Monotonic time.
-            staged: Whether the CPU tier has confirmed the pin's staged prefix.
-        """
-        data = pin.data
-        if not isinstance(data, PinnedTurn):
-            return 0.0
-        curve = self.gaps.curve(data.tool)
-        waited_s = max(0.0, now_s - pin.pinned_s)
-        away = curve.survival(waited_s)
-        if away <= 0.0:
-            return 0.0
-        still_away = curve.survival(max(waited_s, pin.deadline_s - pin.pinned_s))
-        miss_s = data.miss_staged_s if staged else data.miss_unstaged_s
-        return (1.0 - still_away / away) * miss_s / max(1, len(pin.block_ids))
+        return decide_pause(state, self.ttl.away(pause.tool))
 
     # -- internals ---------------------------------------------------------------------------------
 
+    def _is_worth_a_probe(self, costs: dict[str, float]) -> bool:
+        return (
+            self._returns_without_load >= PROBE_EVERY
+            and costs["reload_all"] <= PROBE_RATIO * costs["recompute"]
+        )
+
     def _return_state(
-        self, prompt_tokens: int, local_tokens: int, tier_tokens: int, backlog_tokens: int
+        self,
+        prompt_tokens: int,
+        local_tokens: int,
+        tier_tokens: int,
+        backlog_tokens: int,
+        waiting_requests: int,
     ) -> ReturnState:
         return ReturnState(
             prompt_tokens=prompt_tokens,
@@ -309,7 +308,7 @@ class Policy:
             run_bytes=self._run_bytes,
             prefill=self.prefill.model(),
             backlog_bytes=int(backlog_tokens * self.facts.kv_bytes_per_token),
-            delayed_requests=self._running_requests,
+            delayed_requests=self._running_requests + waiting_requests,
             load_interference=self._interference,
         )
 
@@ -319,7 +318,9 @@ class Policy:
             tokens = pause.reusable_blocks * self.facts.block_tokens
             staged = tokens // self.facts.chunk_tokens * self.facts.chunk_tokens
             tier = staged if pause.tier_available else 0
-            cached_s = decide_return(self._return_state(tokens + 1, 0, tier, 0)).cost_s
+            cached_s = decide_return(
+                self._return_state(tokens + 1, 0, tier, 0, pause.waiting_requests)
+            ).cost_s
             cached_s /= pause.reusable_blocks
         return MemoryState(
             free_unhashed_blocks=pause.free_unhashed_blocks,
@@ -345,12 +346,9 @@ class Policy:
             case _:
                 return None
 
-    def _ttl_bound(self, hint_ttl_s: float | None) -> TtlBound | None:
-        if self.config.fixed_ttl_s is not None:
-            return TtlBound("fixed", self.config.fixed_ttl_s)
-        if hint_ttl_s is not None:
-            return TtlBound("fixed", hint_ttl_s)
-        return None
+
+def _times(ranks: int, link: LinkModel) -> LinkModel:
+    return LinkModel(link.latency_s, tuple((run, ranks * rate) for run, rate in link.points))
 
 
 def describe_costs(costs: tuple[tuple[str, float], ...]) -> dict[str, float]:

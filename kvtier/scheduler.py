@@ -19,6 +19,7 @@ from kvtier.admission import AdmissionConfig
 from kvtier.identity.program_arrivals import ProgramArrivals, rank_s
 from kvtier.identity.program_records import bounded_name
 from kvtier.identity.request_params import parse_transfer_params
+from kvtier.turns.live_mode import Mode
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -54,11 +55,16 @@ class ProgramOrderMixin:
     def add_request(self, request: Request) -> None:
         """Queue a request under its program's arrival time."""
         # A known id is the next piece of a streaming input: it has its place already.
-        if request.request_id not in self.requests:
+        if request.request_id not in self.requests and self._orders_requests():
             request.arrival_time = rank_s(
                 self._program_arrival_s(request), request.arrival_time, self._aging_s
             )
         super().add_request(request)  # type: ignore[misc]
+
+    def _orders_requests(self) -> bool:
+        """Not while kvtier's connector is off or only watches."""
+        half = getattr(self.connector, "scheduler_half", None)
+        return half is None or half.live_mode.mode is Mode.ON
 
     def _chosen_aging_s(self) -> float:
         options = self.vllm_config.additional_config
@@ -91,7 +97,7 @@ class ProgramScheduler(ProgramOrderMixin, Scheduler):
         """Make the kind that the configuration asks for."""
         vllm_config = kwargs.get("vllm_config", args[0] if args else None)
         scheduler_config = getattr(vllm_config, "scheduler_config", None)
-        if getattr(scheduler_config, "async_scheduling", False):
+        if cls is ProgramScheduler and getattr(scheduler_config, "async_scheduling", False):
             cls = cast("type[Self]", AsyncProgramScheduler)  # noqa: PLW0642 - what __new__ is for
         return cast("Self", super().__new__(cls))
 

@@ -10,6 +10,7 @@ All methods are called from the scheduler's thread. A failure inside kvtier must
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING, Any
 
 from kvtier.admission import AdmissionView
@@ -30,10 +31,10 @@ from kvtier.turns.staging import Stager
 from kvtier.turns.step_times import StepTimes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from kvtier.admission import AdmissionController
-    from kvtier.orders import OrderResult, WorkerReport
+    from kvtier.orders import WorkerReport
     from kvtier.policy import Policy
     from kvtier.programs import ProgramTable
     from kvtier.stats import Stats
@@ -72,7 +73,7 @@ class SchedulerHalf:
         self.policy = policy
         self.stats = stats
         self._log = log
-        self._mode = mode
+        self.live_mode = mode
         self._clock = clock
         self._decode = decode
         self._save_prefill = save_prefill
@@ -83,13 +84,12 @@ class SchedulerHalf:
         self._order_ids = OrderIds()
         self._steps = StepTimes()
         self._waiting_tokens: dict[str, int] = {}
-        self._epoch = 0
         self._running_requests = 0
         self._seen_mode: Mode | None = None
         self.reader = TierReader(
             tier,
             stats,
-            namespace=facts.namespace(self._epoch),
+            namespace=facts.namespace(),
             block_tokens=facts.block_tokens,
             chunk_blocks=facts.chunk_blocks,
             order_ids=self._order_ids,
@@ -104,7 +104,7 @@ class SchedulerHalf:
             self.tier,
             self.pins,
             self.stats,
-            namespace=self.facts.namespace(self._epoch),
+            namespace=self.reader.namespace,
             chunk_blocks=self.facts.chunk_blocks,
             split_chunks=self._split_chunks,
             next_order_id=self._order_ids,
@@ -152,7 +152,7 @@ class SchedulerHalf:
             self.pins,
             self.stager,
             self.policy,
-            self._mode,
+            self.live_mode,
             self.stats,
             lambda: sum(self._waiting_tokens.values()),
         ).set
@@ -190,12 +190,15 @@ class SchedulerHalf:
             now_s=now_s,
         )
 
+    def program_age_s(self, request: Any) -> float | None:
+        """See `Arrivals.program_age_s`."""
+        return self.arrivals.program_age_s(request, self._clock())
+
     def match(self, request: Any, local_tokens: int) -> int | None:
         """Step 2: how many prompt tokens beyond `local_tokens` to load; None to be asked again."""
-        turn = self._turns.get(request.request_id)
-        if turn is None or self._mode.mode is not Mode.ON:
+        turn, now_s = self._turns.get(request.request_id), self._clock()
+        if turn is None or self.live_mode.mode is not Mode.ON:
             return 0
-        now_s = self._clock()
         need_blocks = self.facts.blocks_of(request.num_tokens - local_tokens)
         verdict = self.admission.decide(request.request_id, need_blocks, now_s)
         if not verdict.admit:
@@ -212,7 +215,7 @@ class SchedulerHalf:
         )
         if hit is None:
             return None
-        reload_tokens = self.returns.reload_tokens(turn, hit)
+        reload_tokens = self.returns.reload_tokens(turn, hit, len(self._waiting_tokens) - 1)
         self.stats.sample("decision_seconds", self._clock() - now_s, "return")
         return max(0, reload_tokens - local_tokens)
 
@@ -278,7 +281,7 @@ class SchedulerHalf:
         )
         if self.endings.turn_finished(turn, call, len(reusable), now_s):
             return None
-        if self._mode.mode is Mode.OFF or not len(reusable):
+        if self.live_mode.mode is Mode.OFF or not len(reusable):
             return None
         chain = None
         if turn.tierable and self.tier.state is TierState.READY:
@@ -290,7 +293,7 @@ class SchedulerHalf:
             chain,
             now_s=now_s,
             aborted=aborted,
-            shadow=self._mode.mode is Mode.SHADOW,
+            shadow=self.live_mode.mode is Mode.SHADOW,
             waiting=(len(self._waiting_tokens), sum(self._waiting_tokens.values())),
             running_requests=self._running_requests,
             load_backlog_tokens=self.reader.backlog_tokens,
@@ -325,10 +328,11 @@ class SchedulerHalf:
         self.endings.note(*self.pins.release_all(ReleaseCause.RESET))
 
     def reset_tier(self) -> None:
-        """The weights may have changed: KV from before must not be read again. A new epoch."""
-        self._epoch += 1
-        namespace = self.facts.namespace(self._epoch)
-        self.reader.namespace = self.stager.namespace = namespace
+        """The weights may have changed: KV from before must not be read again. A new epoch.
+
+        Its name is drawn, not counted: two engines' first updates need not bring the same weights.
+        """
+        self.reader.namespace = self.stager.namespace = self.facts.namespace(uuid.uuid4().hex)
         self.stager.forget_all()
         for request_id in self._turns:
             self.reader.release(request_id)
@@ -339,7 +343,7 @@ class SchedulerHalf:
         """End of `schedule()`: what the workers do in this step."""
         now_s = self._clock()
         self._running_requests = step.running_requests
-        self._steps.scheduled(step, now_s)
+        step_id = self._steps.scheduled(step, now_s)
         if step.preempted_requests:
             self.room.given_back()
         self._housekeep(now_s)
@@ -354,20 +358,16 @@ class SchedulerHalf:
                 round_s=self.policy.round_s(*self.admission.busy),
             )
         )
-        return StepOrders(region=self.tier.region, loads=loads, stores=stores)
+        return StepOrders(self.tier.region, loads, stores, step_id)
 
-    def on_results(self, results: Iterable[OrderResult]) -> None:
-        """Workers' results; an order counts when all ranks have reported it."""
-        ended = self._steps.ended(self._clock())
+    def on_worker(self, report: WorkerReport) -> None:
+        """The end of a step: the workers' results, and once what they measured at start."""
+        if report.calibration is not None:
+            self.policy.seed_from(report.calibration)
+        ended = self._steps.ended(report.step_id, self._clock())
         if ended is not None:
             self.policy.observe_step(*ended)
-        self.answers.results(results)
-
-    def on_worker(self, meta: WorkerReport) -> None:
-        """Workers' results, and once what they measured at start."""
-        if meta.calibration is not None:
-            self.policy.seed_from(meta.calibration)
-        self.on_results(meta.results)
+        self.answers.results(report.results)
 
     def has_work(self) -> bool:
         """Whether the engine must keep stepping although no request needs it."""
@@ -387,7 +387,7 @@ class SchedulerHalf:
 
     def _housekeep(self, now_s: float) -> None:
         self.answers.poll(now_s)
-        mode = self._mode.refresh(now_s)
+        mode = self.live_mode.refresh(now_s)
         if mode is not self._seen_mode:
             self._seen_mode = mode
             self.stats.due()

@@ -156,11 +156,16 @@ class KVTierModule:
             now_s = time.monotonic()
             if now_s >= next_check_s:
                 next_check_s = now_s + OWNER_CHECK_INTERVAL_S
-                self._release_dead_owners(now_s)
+                try:
+                    self._release_dead_owners(now_s)
+                except Exception:
+                    # The thread serves all engines of the host: it must not end.
+                    logger.exception("what dead engines held could not be released")
             if not ready:
                 continue
-            identity, frame = self._socket.recv_multipart()
-            reply = self._answer(identity, frame, now_s)
+            identity, *frames = self._socket.recv_multipart()
+            # Another kind of socket than ours puts a frame in between: what follows is unreadable.
+            reply = self._answer(identity, frames[0] if frames else b"", now_s)
             # A client that is gone is no error: ROUTER drops what it cannot route.
             with contextlib.suppress(zmq.ZMQError):
                 self._socket.send_multipart([identity, wire.encoder.encode(reply)], zmq.NOBLOCK)
@@ -194,6 +199,13 @@ class KVTierModule:
         pool = self._context.shm_pool_info
         if not pool["shm_name"]:
             return wire.Failed(hello.id, "no_shared_memory", "start lmcache server with --shm-name")
+        if not _alive(hello.pid, hello.pid_start_s):
+            return wire.Failed(
+                hello.id,
+                "not_on_this_host",
+                f"process {hello.pid} is not visible here: engine and server must share the host's "
+                "shared memory and the PID namespace",
+            )
         for other, (owner, pid, started_s) in list(self._owners.items()):
             if (pid, started_s) == (hello.pid, hello.pid_start_s) and _engine(owner) == _engine(
                 hello.owner

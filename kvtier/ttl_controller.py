@@ -1,161 +1,102 @@
-"""Chooses how long pins live and which are released first, and learns what that depends on.
+"""What pins' lifetimes depend on, learned as programs pause and return.
 
-The rule is :func:`kvtier.ttl.holding.optimal_ttl`; this module feeds it with learned gaps, overrides
-and tenant budgets. Baselines (the Continuum paper's rule, a constant TTL) are not here.
+The time a pin lasts is the one of largest expected gain (:func:`kvtier.ttl.holding.optimal_ttl`), and
+under pressure the pin of smallest expected regret ends first. Both ask this module how long programs
+stay away, how often a pin is broken before they return, and whether outputs are ever hit. Baselines
+(the Continuum paper's rule, a constant TTL) are not here.
 """
 
-import math
+from __future__ import annotations
+
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from kvtier.costs.estimators import ShareEstimator
+from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.ttl.gaps import GapBook, SurvivalCurve
-from kvtier.ttl.holding import HoldReason, TtlBound, TtlChoice, optimal_ttl
-from kvtier.ttl.overrides import OverrideTable, Scope, TenantBudgets, TtlOverride
+from kvtier.ttl.holding import TtlBound
 
-__all__ = [
-    "HeldPin",
-    "OutputReuse",
-    "OverrideTable",
-    "Scope",
-    "TenantBudgets",
-    "TtlChoice",
-    "TtlController",
-    "TtlOverride",
-    "regret_per_block_s",
-    "release_order_key",
-]
+if TYPE_CHECKING:
+    from kvtier.gpu_pin import Pin
 
+_MODEL = ""
+"""One engine serves one model; adapters share its template."""
 
-@dataclass(frozen=True, slots=True)
-class HeldPin:
-    """A pin whose TTL is to be chosen, new or held for a while.
-
-    Attributes:
-        program: program id, None if unknown.
-        tool: tool called, None if the turn ended without a call.
-        tenant: whose budget counts.
-        waited_s: seconds since the turn ended.
-        n_blocks: blocks held.
-        miss_cost_s: B, seconds, with the copies that exist (a reload if the tier holds it;
-            :class:`~kvtier.cost_model.PauseTerms`).
-        price_s_per_block_s: price of memory
-            (:func:`~kvtier.ttl.holding.memory_price_s_per_block_s`).
-    """
-
-    program: str | None
-    tool: str | None
-    tenant: str
-    waited_s: float
-    n_blocks: int
-    miss_cost_s: float
-    price_s_per_block_s: float
+PRIOR_BREAK_PROBABILITY = 0.1
+"""Share of pins that pressure ends before the return, until it was counted."""
 
 
 class TtlController:
-    """Gap statistics, overrides and tenant budgets behind one TTL decision."""
+    """Gaps, broken pins and the reuse of outputs of one engine."""
 
-    def __init__(
-        self,
-        *,
-        gaps: GapBook | None = None,
-        overrides: OverrideTable | None = None,
-        budgets: TenantBudgets | None = None,
-        max_ttl_s: float = 300.0,
-    ) -> None:
-        """Use the given parts, or empty ones without tenant limits.
+    def __init__(self, *, fixed_ttl_s: float | None = None) -> None:
+        """Know nothing yet; ``fixed_ttl_s`` is the operator's TTL for every pause."""
+        self._fixed_ttl_s = fixed_ttl_s
+        self._gaps = GapBook()
+        self._reuse = OutputReuse()
+        self._broken = ShareEstimator(PRIOR_BREAK_PROBABILITY)
 
-        Raises:
-            ValueError: ``max_ttl_s`` is negative or not finite.
-        """
-        if not (math.isfinite(max_ttl_s) and max_ttl_s >= 0.0):
-            msg = f"max_ttl_s must be finite and >= 0, not {max_ttl_s}"
-            raise ValueError(msg)
-        self.gaps = GapBook() if gaps is None else gaps
-        self.overrides = OverrideTable() if overrides is None else overrides
-        self.budgets = TenantBudgets() if budgets is None else budgets
-        self.max_ttl_s = max_ttl_s
+    # -- observations ------------------------------------------------------------------------------
 
-    def bound(
-        self, now_s: float, *, program: str | None, tool: str | None, tenant: str | None
-    ) -> TtlBound | None:
-        """Return the override for a pause, for :attr:`kvtier.cost_model.PauseState.ttl_bound`."""
-        return self.overrides.resolve(now_s, program=program, tool=tool, tenant=tenant)
+    def observe_gap(self, tool: str | None, gap_s: float) -> None:
+        """A program returned after ``gap_s``."""
+        self._gaps.record(tool, gap_s)
 
-    def max_ttl_for(self, now_s: float, *, tenant: str, n_blocks: int) -> float:
-        """Return the longest TTL that the tenant's budget allows for ``n_blocks``, seconds.
+    def observe_censored(self, tool: str | None, waited_s: float) -> None:
+        """A program had not returned after ``waited_s``, and is no longer watched."""
+        self._gaps.record_censored(tool, waited_s)
 
-        For :attr:`kvtier.cost_model.PauseState.max_ttl_s`.
-        """
-        left = self.budgets.left_block_s(tenant, now_s)
-        return min(self.max_ttl_s, max(left, 0.0) / n_blocks) if n_blocks > 0 else self.max_ttl_s
+    def observe_output_reuse(self, hit_tokens: int, output_tokens: int) -> None:
+        """The next prompt hit this much of a pinned turn's output part."""
+        self._reuse.observe(_MODEL, hit_tokens, output_tokens)
 
-    def choose_ttl(self, now_s: float, held: HeldPin) -> TtlChoice:
-        """Choose a TTL from now on; for a new pin, or for one that has been held for a while.
+    def observe_pin_end(self, *, broken: bool) -> None:
+        """A pin ended: under pressure, or with the program's return or its TTL."""
+        self._broken.observe(happened=broken)
 
-        Maximises ``integral_0^tau [f(t | waited) * B - S(t | waited) * price * blocks] dt``; see
-        :func:`~kvtier.ttl.holding.optimal_ttl`. Overrides and ``max_ttl_s`` count from the start of the
-        pause: the time waited is taken off. The tenant's budget then shortens the TTL, but not
-        below a ``fixed`` or ``floor`` override, which overdraws it.
+    # -- answers -----------------------------------------------------------------------------------
+
+    def away(self, tool: str | None) -> SurvivalCurve:
+        """Chance that a program is still away some time after such a turn."""
+        return self._gaps.curve(tool)
+
+    @property
+    def output_reuse(self) -> float:
+        """Chance that a kept output token is hit."""
+        return self._reuse.probability(_MODEL)
+
+    @property
+    def pin_break_probability(self) -> float:
+        """Share of pins that pressure ends before the program returns."""
+        return self._broken.share
+
+    def bound(self, hint_ttl_s: float | None) -> TtlBound | None:
+        """What the operator, else the client, says about a pause's TTL."""
+        ttl_s = hint_ttl_s if self._fixed_ttl_s is None else self._fixed_ttl_s
+        return None if ttl_s is None else TtlBound("fixed", ttl_s)
+
+    def regret_s_per_block(self, pin: Pin, now_s: float, *, staged: bool) -> float:
+        """Expected loss of ending a pin now, seconds a block: what a miss costs times its chance.
+
+        The chance is that of a return within the time the pin would still last, given how long the
+        program is away already: ``1 - S(waited + left) / S(waited)``.
 
         Args:
-            now_s: the engine's clock, for overrides and budgets.
-            held: the pin.
+            pin: Its ``data`` is a `PinnedTurn`.
+            now_s: Monotonic time.
+            staged: Whether the CPU tier has confirmed the pin's staged prefix.
         """
-        bound = self.bound(now_s, program=held.program, tool=held.tool, tenant=held.tenant)
-        budget_s = self.max_ttl_for(now_s, tenant=held.tenant, n_blocks=held.n_blocks)
-        if bound is not None:
-            bound = TtlBound(bound.mode, max(bound.ttl_s - held.waited_s, 0.0))
-            if bound.mode != "cap":
-                budget_s = max(budget_s, bound.ttl_s)
-        survival = self.gaps.curve(held.tool).residual(held.waited_s)
-        limit_s = max(self.max_ttl_s - held.waited_s, 0.0)
-        price = held.price_s_per_block_s * held.n_blocks
-        choice = optimal_ttl(survival, held.miss_cost_s, price, limit_s, bound)
-        if choice.ttl_s <= budget_s:
-            return choice
-        # V is not unimodal: the best TTL within the budget may be shorter than the budget.
-        choice = optimal_ttl(survival, held.miss_cost_s, price, budget_s, bound)
-        return replace(choice, reason=HoldReason.TENANT_BUDGET)
-
-
-def regret_per_block_s(
-    survival: SurvivalCurve,
-    *,
-    waited_s: float,
-    horizon_s: float,
-    miss_cost_s: float,
-    n_blocks: int,
-) -> float:
-    """Return the expected regret of releasing a pin now, seconds per block given back.
-
-    ``P(return within horizon | waited) * B / blocks``. A staged pin has a small B (a reload) and a
-    long-overdue one a small probability: both go first.
-
-    Args:
-        survival: gaps of such pauses, not yet conditioned on the wait.
-        waited_s: seconds since the turn ended.
-        horizon_s: how far ahead a return counts: the pin's remaining TTL, or less.
-        miss_cost_s: B with the copies that exist now, seconds.
-        n_blocks: blocks that the release frees; without any the regret is infinite.
-    """
-    if n_blocks <= 0:
-        return math.inf
-    away = survival.survival(waited_s)
-    if away <= 0.0:
-        probability = 1.0 - survival.residual(waited_s).survival(horizon_s)
-    else:
-        probability = 1.0 - survival.survival(waited_s + horizon_s) / away
-    return probability * miss_cost_s / n_blocks
-
-
-def release_order_key(
-    regret_s_per_block: float, *, deadline_s: float, program_arrival_s: float, key: str
-) -> tuple[float, float, float, str]:
-    """Return a sort key: cheapest regret first, then nearest deadline, then the youngest program.
-
-    The name makes the order total, so that every rank of an engine releases the same pins.
-    """
-    return (regret_s_per_block, deadline_s, -program_arrival_s, key)
+        data = pin.data
+        if not isinstance(data, PinnedTurn):
+            return 0.0
+        curve = self._gaps.curve(data.tool)
+        waited_s = max(0.0, now_s - pin.pinned_s)
+        away = curve.survival(waited_s)
+        if away <= 0.0:
+            return 0.0
+        still_away = curve.survival(max(waited_s, pin.deadline_s - pin.pinned_s))
+        miss_s = data.miss_staged_s if staged else data.miss_unstaged_s
+        return (1.0 - still_away / away) * miss_s / max(1, len(pin.block_ids))
 
 
 class OutputReuse:

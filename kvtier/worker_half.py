@@ -42,7 +42,8 @@ class WorkerHalf:
         chunk_blocks: Blocks a chunk.
         n_blocks: GPU blocks of the engine, vLLM's null block included.
         model: Names the model in the calibration profile.
-        profile_dir: Where profiles are kept; None not to calibrate.
+        profile_dir: Where profiles are kept; None to have none.
+        may_measure: Whether to measure where there is no profile.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class WorkerHalf:
         n_blocks: int,
         model: str = "",
         profile_dir: Path | None = None,
+        may_measure: bool = True,
     ) -> None:
         self._model = model
+        self._may_measure = may_measure
         self._profile_dir = profile_dir
         self._calibration: Calibration | None = None
         self._rank = rank
@@ -72,11 +75,20 @@ class WorkerHalf:
         self._bad_blocks: set[int] = set()
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Describe the KV caches.
+        """Describe the KV caches; without a layout that can be copied, every order fails."""
+        try:
+            layout = self._layout(kv_caches)
+        except ValueError as error:
+            # Pins still work. What the scheduler orders fails, is counted, and is computed instead.
+            logger.error("kvtier cannot copy this model's KV, it is pinned only: %s", error)  # noqa: TRY400
+            return
+        self._pool = CpuPool(layout)
+        if self._profile_dir is not None and self._rank == 0:
+            self._calibration = calibrate(
+                layout, self._model, self._profile_dir, may_measure=self._may_measure
+            )
 
-        Raises:
-            ValueError: The layout is not what the scheduler reckons with.
-        """
+    def _layout(self, kv_caches: dict[str, torch.Tensor]) -> KVLayout:
         layout = KVLayout.from_kv_caches(kv_caches, num_blocks=self._n_blocks)
         actual = layout.slot_bytes(self._chunk_blocks)
         if actual != self._slot_bytes:
@@ -86,26 +98,26 @@ class WorkerHalf:
                 "supported by kvtier's CPU tier; set kvtier.tier to off to pin only"
             )
             raise ValueError(message)
-        self._pool = CpuPool(layout)
-        if self._profile_dir is not None and self._rank == 0:
-            self._calibration = calibrate(layout, self._model, self._profile_dir)
+        return layout
 
     def submit(self, orders: StepOrders) -> None:
         """Start a step's copies, loads first."""
         region = orders.region
+        if self._pool is None:
+            for order in (*orders.loads, *orders.stores):
+                self._refuse(order, "the KV caches' layout is not supported")
+            return
         if region not in (None, self._unmapped) and region.generation != self._generation:
             self._attach(region)
         for order in (*orders.loads, *orders.stores):
-            if order.direction == "load":
-                self._loads[str(order.order_id)] = order
-            if self._pool is None or order.generation != self._generation:
-                self._finish(self._unable(order, "the region of the order is not mapped here"))
+            if order.generation != self._generation:
+                self._refuse(order, "the region of the order is not mapped here")
                 continue
+            self._begin(order)
             try:
-                copy = self._copy_order(order)
-                self._pool.submit(copy)
+                self._pool.submit(self._copy_order(order))
             except (ValueError, RuntimeError, IndexError) as error:
-                self._finish(self._unable(order, f"{type(error).__name__}: {error}"))
+                self._finish(_failed(order, f"{type(error).__name__}: {error}"))
 
     def collect(self) -> None:
         """Take what the copy engine has finished."""
@@ -174,17 +186,14 @@ class WorkerHalf:
             generation=order.generation,
         )
 
-    @staticmethod
-    def _unable(order: Order, error: str) -> OrderResult:
-        return OrderResult(
-            order.order_id,
-            order.direction,
-            ok=False,
-            n_bytes=0,
-            seconds=0.0,
-            run_bytes=0,
-            error=error,
-        )
+    def _begin(self, order: Order) -> None:
+        if order.direction == "load":
+            self._loads[str(order.order_id)] = order
+
+    def _refuse(self, order: Order, why: str) -> None:
+        """End an order without a copy: what it should have loaded is computed."""
+        self._begin(order)
+        self._finish(_failed(order, why))
 
     def _finish(self, result: OrderResult) -> None:
         self._results.append(result)
@@ -199,11 +208,15 @@ class WorkerHalf:
                 self._bad_blocks.update(order.block_ids[order.skip_blocks :])
 
 
-def calibrate(layout: KVLayout, model: str, profile_dir: Path) -> Calibration | None:
+def calibrate(
+    layout: KVLayout, model: str, profile_dir: Path, *, may_measure: bool
+) -> Calibration | None:
     """The stored profile of this machine and model, or a measurement of about two seconds."""
     path = profile_path(profile_dir, model, layout.fingerprint)
     profile = load_profile(path)
     if profile is None:
+        if not may_measure:
+            return None
         try:
             profile = new_profile(model, layout, measure_link(layout.device))
         except CalibrationError as error:
@@ -218,6 +231,18 @@ def calibrate(layout: KVLayout, model: str, profile_dir: Path) -> Calibration | 
         load=(profile.load.latency_s, profile.load.points),
         prefill=tuple((p.cached_tokens, p.new_tokens, p.seconds) for p in profile.prefill),
         profile_path=str(path),
+    )
+
+
+def _failed(order: Order, error: str) -> OrderResult:
+    return OrderResult(
+        order.order_id,
+        order.direction,
+        ok=False,
+        n_bytes=0,
+        seconds=0.0,
+        run_bytes=0,
+        error=error,
     )
 
 

@@ -310,6 +310,25 @@ class GenerationEstimator:
         return self._token_s.value * self._output_tokens.value
 
 
+class ShareEstimator:
+    """How often something happens: a decayed share that starts at a guess."""
+
+    def __init__(self, guess: float, guess_weight: float = 10.0) -> None:
+        """``guess`` counts like ``guess_weight`` samples, and fades as they do."""
+        self._happened = guess * guess_weight
+        self._weight = guess_weight
+
+    @property
+    def share(self) -> float:
+        """The share, 0 to 1."""
+        return self._happened / self._weight
+
+    def observe(self, *, happened: bool) -> None:
+        """Add one sample."""
+        self._happened = DECAY * self._happened + happened
+        self._weight = DECAY * self._weight + 1.0
+
+
 class _DecayedMean:
     """A mean in which each sample weighs DECAY of the one after it."""
 

@@ -18,7 +18,6 @@ T = TypeVar("T")
 PARAMS_KEY: Final = "kvtier"
 MAX_TEXT_BYTES: Final = 256
 MAX_TTL_S: Final = 7 * 86_400.0
-MAX_GAP_S: Final = 30 * 86_400.0
 MAX_UNKNOWN_REPORTED: Final = 8
 _MAX_FIELD_CHARS: Final = 32
 
@@ -46,19 +45,15 @@ class RequestHints:
     Attributes:
         program: The program that this turn belongs to, at most 256 bytes of UTF-8.
         tool: The tool that the program will run after this turn, if the client knows already.
-        tenant: Who pays for the memory. Only used where the request has no ``cache_salt``.
         ttl_s: How long to keep the KV after this turn, in seconds; 0 means not at all.
-        expected_gap_s: When the client expects to be back, in seconds after this turn's end.
         end: The program ends with this turn: nothing needs to be kept.
-        pin: Ask for (True) or refuse (False) a copy in GPU memory during the pause.
-        stage: Ask for (True) or refuse (False) a copy in CPU memory during the pause.
+        pin: False refuses a copy in GPU memory during the pause; True is what holds without it.
+        stage: False refuses a copy in CPU memory during the pause; True is what holds without it.
     """
 
     program: str | None = None
     tool: str | None = None
-    tenant: str | None = None
     ttl_s: float | None = None
-    expected_gap_s: float | None = None
     end: bool = False
     pin: bool | None = None
     stage: bool | None = None
@@ -111,8 +106,7 @@ def _seconds(limit_s: float) -> Callable[[object], float]:
 
 
 _ttl_s = _seconds(MAX_TTL_S)
-_gap_s = _seconds(MAX_GAP_S)
-_FIELDS: Final = ("program", "tool", "tenant", "ttl_s", "expected_gap_s", "end", "pin", "stage")
+_FIELDS: Final = ("program", "tool", "ttl_s", "end", "pin", "stage")
 _KNOWN: Final = frozenset(_FIELDS)
 
 
@@ -147,9 +141,7 @@ def parse_hints(raw: object) -> tuple[RequestHints, tuple[HintError, ...]]:
     hints = RequestHints(
         program=take("program", _text),
         tool=take("tool", _text),
-        tenant=take("tenant", _text),
         ttl_s=take("ttl_s", _ttl_s),
-        expected_gap_s=take("expected_gap_s", _gap_s),
         end=take("end", _flag) or False,
         pin=take("pin", _flag),
         stage=take("stage", _flag),

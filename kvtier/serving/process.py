@@ -116,8 +116,12 @@ def _host_server(settings: Settings) -> Iterator[ServerLease | None]:
 
             lease.close()
             if started:
-                for result in stop_all(default_run_dir(), name=SERVER_NAME):
-                    logger.info("LMCache server %s: %s", result.name, result.reason)
+                try:
+                    for result in stop_all(default_run_dir(), name=SERVER_NAME):
+                        logger.info("LMCache server %s: %s", result.name, result.reason)
+                except SupervisorError as error:
+                    # It ends by itself after its grace period. vLLM's exit code is what counts.
+                    logger.warning("%s", error)
 
 
 def _lease(settings: Settings) -> tuple[ServerLease, bool]:

@@ -53,17 +53,7 @@ class Arrivals:
             waiting_tokens: Of the requests that wait already.
         """
         hints = self._hints(request)
-        start = self._programs.turn_started(
-            TurnRequest(
-                request_id=request.request_id,
-                session_id=getattr(request, "session_id", None),
-                program_hint=hints.program,
-                tenant=request.cache_salt,
-                block_hashes=request.block_hashes,
-                ends_program=hints.end,
-            ),
-            now_s,
-        )
+        start = self._programs.turn_started(_turn_request(request, hints), now_s)
         program = self._facts.program_handle(start.program)
         if start.gap is not None:
             self._observe_gap(start.gap, program)
@@ -78,6 +68,13 @@ class Arrivals:
         )
         return turn, start
 
+    def program_age_s(self, request: Any, now_s: float) -> float | None:
+        """How long ago the program came that such a request would join; None for a new one."""
+        hints, _ = parse_transfer_params(request.kv_transfer_params)
+        program = self._programs.find(_turn_request(request, hints))
+        known = self._programs.view(program) if program is not None else None
+        return None if known is None else now_s - known.arrival_s
+
     def _hints(self, request: Any) -> RequestHints:
         hints, errors = parse_transfer_params(request.kv_transfer_params)
         for error in errors:
@@ -91,10 +88,21 @@ class Arrivals:
 
     def _observe_gap(self, gap: ObservedGap, program: str) -> None:
         self._stats.sample("gap_seconds", gap.gap_s)
-        self._policy.observe_gap(gap.tool, gap.gap_s)
+        self._policy.ttl.observe_gap(gap.tool, gap.gap_s)
         for pin in self._pins.of_program(program):
             data = pin.data
             if pin.key != gap.ended_request_id or not isinstance(data, PinnedTurn):
                 continue
             if data.predicted_gap_s > 0:
                 self._stats.sample("gap_prediction_ratio", gap.gap_s / data.predicted_gap_s)
+
+
+def _turn_request(request: Any, hints: RequestHints) -> TurnRequest:
+    return TurnRequest(
+        request_id=request.request_id,
+        session_id=getattr(request, "session_id", None),
+        program_hint=hints.program,
+        tenant=request.cache_salt,
+        block_hashes=request.block_hashes,
+        ends_program=hints.end,
+    )

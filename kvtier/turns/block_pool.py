@@ -60,7 +60,8 @@ class VllmBlockPool:
         blocks = self._blocks
         if not block_ids:
             return as_block_ids(())
-        if all_hashed and _is_hashed(blocks[block_ids[-1]]):
+        ends = (blocks[block_ids[0]], blocks[block_ids[-1]])
+        if all_hashed and all(map(_is_hashed, ends)):
             return as_block_ids(block_ids)
         for i, block_id in enumerate(block_ids):
             if not _is_hashed(blocks[block_id]):

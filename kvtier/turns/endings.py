@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from kvtier.turns.turn import Turn
 
 
+_NATURAL_ENDS = {ReleaseCause.HANDOFF, ReleaseCause.TTL}
+"""The pin lasted as long as it should. Other causes say nothing of the next pin's fate."""
+
+
 class Endings:
     """See the module's docstring."""
 
@@ -56,6 +60,8 @@ class Endings:
             if item is None:
                 continue
             self._stats.count("pin_releases", 1, item.cause)
+            if item.cause in _NATURAL_ENDS or item.cause is ReleaseCause.PRESSURE:
+                self._policy.ttl.observe_pin_end(broken=item.cause is ReleaseCause.PRESSURE)
             if self._log.enabled:
                 entry = {"cause": str(item.cause), "blocks": len(item.pin.block_ids)}
                 self._log.write("release", item.pin.program, item.pin.key, entry)
@@ -109,7 +115,7 @@ class Endings:
     def gaps(self, gaps: tuple[CensoredGap, ...]) -> None:
         """Pauses that nobody watches any more."""
         for gap in gaps:
-            self._policy.observe_censored(gap.tool, gap.waited_s)
+            self._policy.ttl.observe_censored(gap.tool, gap.waited_s)
 
     def program_ended(self, program: str) -> None:
         """The client has ended a program: its KV is of no use, in the tier neither."""

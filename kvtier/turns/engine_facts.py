@@ -70,8 +70,8 @@ class EngineFacts:
         """Blocks that hold `n_tokens` tokens."""
         return -(-n_tokens // self.block_tokens)
 
-    def namespace(self, epoch: int) -> str:
-        """Key namespace of this engine's KV; `epoch` counts weight updates."""
+    def namespace(self, epoch: str = "") -> str:
+        """Key namespace of this engine's KV; `epoch` names its weights once they may have changed."""
         return namespace(**dict(self.identity), epoch=epoch)
 
 

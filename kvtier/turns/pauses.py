@@ -61,7 +61,7 @@ class Pauses:
         data = pin.data
         confirmed = self._stager.confirmed_chunks(pin.program) * self._facts.chunk_tokens
         staged = isinstance(data, PinnedTurn) and 0 < data.staged_tokens <= confirmed
-        return self._policy.regret_s_per_block(pin, now_s, staged=staged)
+        return self._policy.ttl.regret_s_per_block(pin, now_s, staged=staged)
 
     def decide(
         self,
@@ -95,7 +95,7 @@ class Pauses:
         staged = 0
         if chain is not None:
             staged = self._stager.staged_chunks(turn.program, chain) * self._facts.chunk_tokens
-        expected_s = self._policy.gaps.curve(call.tool).quantile(0.5)
+        expected_s = self._policy.ttl.away(call.tool).quantile(0.5)
         displaceable = self._pins.to_end_for(
             blocks,
             lambda: self._pins.in_release_order(lambda pin: self.regret_s_per_block(pin, now_s)),

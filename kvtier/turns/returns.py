@@ -70,9 +70,11 @@ class Returns:
             turn: The request.
             readable: See `readable_tokens`.
             now_s: Monotonic time.
-            wait: Called once after asking: waits a moment for the answer.
+            wait: Takes in what the tier has answered, and waits a moment for it. Called after asking,
+                and once more before the answer counts as late: a step may have taken longer.
         """
-        if not self._reader.asked(turn.request_id):
+        asked_before = self._reader.asked(turn.request_id)
+        if not asked_before:
             chain = self.chain_of(turn, readable)
             if not len(chain):
                 return 0
@@ -80,8 +82,12 @@ class Returns:
             turn.asked_s = now_s
             wait()
         hit = self._reader.hit_chunks(turn.request_id)
+        late = now_s - turn.asked_s >= LOOKUP_DEADLINE_S
+        if hit is None and late and asked_before:
+            wait()
+            hit = self._reader.hit_chunks(turn.request_id)
         if hit is None:
-            if now_s - turn.asked_s < LOOKUP_DEADLINE_S:
+            if not late:
                 return None
             self._stats.count("failures", 1, "lookup_late")
             self._reader.release(turn.request_id)
@@ -91,17 +97,23 @@ class Returns:
             self._stager.correct(turn.program, turn.chain, hit)
         return min(hit * self._facts.chunk_tokens, readable)
 
-    def reload_tokens(self, turn: Turn, tier_tokens: int) -> int:
+    def reload_tokens(self, turn: Turn, tier_tokens: int, waiting_requests: int = 0) -> int:
         """How much to load, counted from the prompt's start; 0 for nothing."""
         if tier_tokens <= turn.local_tokens:
             return 0
         choice, entry = self._policy.decide_return(
-            turn.request.num_tokens, turn.local_tokens, tier_tokens, self._reader.backlog_tokens
+            turn.request.num_tokens,
+            turn.local_tokens,
+            tier_tokens,
+            backlog_tokens=self._reader.backlog_tokens,
+            waiting_requests=waiting_requests,
         )
         turn.predicted_load_s = choice.predicted_load_s
-        if choice != turn.return_choice:
+        decided = (choice.source, choice.reload_tokens, choice.reason)
+        if decided != turn.return_choice:
             # A request that waits is asked in every step: record what changed, not every question.
-            turn.return_choice = choice
+            turn.return_choice = decided
+            self._policy.observe_return(choice.reason)
             self._stats.count("decisions", 1, "return", choice.source, choice.reason)
             self._log.write("return", turn.program, turn.request_id, entry)
         return choice.reload_tokens
@@ -120,7 +132,7 @@ class Returns:
             if n_output > 0:
                 reused = max(0, n_common - data.prompt_blocks)
                 tokens = self._facts.block_tokens
-                self._policy.observe_output_reuse(reused * tokens, n_output * tokens)
+                self._policy.ttl.observe_output_reuse(reused * tokens, n_output * tokens)
             taken = max(taken, min(n_common * self._facts.block_tokens, turn.local_tokens))
             self._note(self._pins.unpin(pin.key, ReleaseCause.HANDOFF))
         return taken

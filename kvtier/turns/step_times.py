@@ -18,25 +18,31 @@ MAX_STEPS_IN_FLIGHT = 8
 class StepTimes:
     """Durations of steps from when they were scheduled and when their output came.
 
+    Workers name the step that they report: a step in which nothing was computed may have no report.
     With asynchronous scheduling a step is scheduled while the one before runs: it begins when that
     one ends.
     """
 
     def __init__(self) -> None:
-        self._steps: deque[StepFacts] = deque(maxlen=MAX_STEPS_IN_FLIGHT)
+        self._steps: deque[tuple[int, StepFacts]] = deque(maxlen=MAX_STEPS_IN_FLIGHT)
+        self._last_id = 0
         self._last_end_s = 0.0
 
-    def scheduled(self, step: StepFacts, now_s: float) -> None:
-        """A step was scheduled."""
+    def scheduled(self, step: StepFacts, now_s: float) -> int:
+        """A step was scheduled; returns its id, from 1."""
         step.built_s = now_s
-        self._steps.append(step)
+        self._last_id += 1
+        self._steps.append((self._last_id, step))
+        return self._last_id
 
-    def ended(self, now_s: float) -> tuple[StepFacts, float] | None:
-        """The oldest scheduled step has ended: the step and its seconds."""
+    def ended(self, step_id: int, now_s: float) -> tuple[StepFacts, float] | None:
+        """A step has ended: the step and its seconds; None for one that is not known any more."""
+        while self._steps and self._steps[0][0] < step_id:
+            self._steps.popleft()
         begin_s, self._last_end_s = self._last_end_s, now_s
-        if not self._steps:
+        if not self._steps or self._steps[0][0] != step_id:
             return None
-        step = self._steps.popleft()
+        _, step = self._steps.popleft()
         return step, now_s - max(step.built_s, begin_s)
 
 

@@ -44,7 +44,7 @@ class Turn:
     asked_s: float = 0.0
     local_tokens: int = 0
     predicted_load_s: float = 0.0
-    return_choice: object = None
+    return_choice: tuple[str, int, str] | None = None
     started: bool = False
     counted: bool = False
     uncounted_load_tokens: int = 0

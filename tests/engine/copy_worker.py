@@ -33,6 +33,7 @@ class CopyWorker:
         self._kv = kv
         self._fate = fate
         self._running: list[tuple[int, bool, Any]] = []
+        self._step_id = 0
         self.done: Counter[str] = Counter()
 
     @property
@@ -45,8 +46,10 @@ class CopyWorker:
         orders = getattr(metadata, "orders", None)
         if orders is None:
             return
+        self._step_id = orders.step_id
         for order in (*orders.loads, *orders.stores):
-            delay, ok = self._fate(order)
+            # An order of no region is one that must fail, see `orders.failing_load`.
+            delay, ok = self._fate(order) if order.generation else (0, False)
             self._running.append((delay, ok, order))
 
     def collect(self) -> KVConnectorOutput:
@@ -67,6 +70,5 @@ class CopyWorker:
                 if not ok:
                     output.invalid_block_ids.update(order.block_ids[order.skip_blocks :])
         output.finished_recving = loaded or None
-        if results:
-            output.kv_connector_worker_meta = KVTierWorkerMetadata(results)
+        output.kv_connector_worker_meta = KVTierWorkerMetadata(results, step_id=self._step_id)
         return output

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvtier.server.files import ServerFiles
 from tests.engine.engine_harness import BLOCK_TOKENS, CHUNK_TOKENS, readable, tokens
-from tests.engine.tier_probe import WAIT_S, server_status
+from tests.engine.tier_probe import WAIT_S, knock, server_status
 
 if TYPE_CHECKING:
     from tests.engine.engine_harness import Engine, Turn
@@ -72,6 +72,29 @@ def _works_again(engine: Engine, name: str) -> None:
     engine.set_policy(reload="always")
     second = engine.turn(first.then(tokens(f"{name}-2", 50)), program=name)
     assert second.cpu == readable(711)
+
+
+def strangers(engine: Engine) -> None:
+    """Whoever talks nonsense to the server is told so, and disturbs nobody."""
+    first = engine.staged_turn("strangers", 400)
+    empty, garbage, far = knock(engine.half.tier._config.endpoint)
+    assert {empty.reason, garbage.reason} == {"malformed"}  # type: ignore[union-attr]
+    assert far.reason == "not_on_this_host"  # type: ignore[union-attr]
+    engine.evict()
+    prompt = first.then(tokens("strangers2", 50))
+    assert engine.turn(prompt, program="strangers").cpu > 0
+
+
+def guardian_killed(engine: Engine) -> None:
+    """The server dies with its guardian; the engine, which lives on, has both started again."""
+    generation = _generation(engine)
+    record = ServerFiles(Path(os.environ["KVTIER_RUN_DIR"]), "kvtier").read_record()
+    assert record is not None
+    os.kill(record.guardian.pid, signal.SIGKILL)
+    engine.await_tier("away")
+    engine.half.tier._revival_due_s = 0.0
+    _await_new_server(engine, generation)
+    engine.staged_turn("after-guardian", 400)
 
 
 def full_of_equals(engine: Engine) -> None:

@@ -182,7 +182,7 @@ BAD_INPUT: dict[str, Any] = {
     "ttl is huge": {"kvtier": {"ttl_s": 2**63}},
     "ttl is text": {"kvtier": {"ttl_s": "60"}},
     "ttl is a list": {"kvtier": {"ttl_s": [60]}},
-    "gap is an object": {"kvtier": {"expected_gap_s": {}}},
+    "ttl is an object": {"kvtier": {"ttl_s": {}}},
     "flags are text": {"kvtier": {"pin": "yes", "stage": "no", "end": "maybe"}},
     "keys are no text": {"kvtier": {1: 2, None: 3}},
     "deep": _nested(100),

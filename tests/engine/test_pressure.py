@@ -317,6 +317,17 @@ def test_silent_tier_keeps_no_blocks_from_a_request(ask: Ask) -> None:
     assert facts["steps_to_start"] is not None
 
 
+@pytest.mark.parametrize("where", ["build", "allocation"])
+def test_when_kvtier_gives_up_nobody_waits_for_ever(ask: Ask, where: str) -> None:
+    facts = ask(f"give_up_in_{where}")
+    assert facts["gave_up"]
+    assert facts["counted"] == 1
+    assert facts["output_tokens"] == 5
+    assert facts["copies"].get("load_ok", 0) == (1 if where == "build" else 0)
+    assert facts["copies"].get("load_failed", 0) == (0 if where == "build" else 1)
+    assert facts["lost_blocks"] == 0
+
+
 def _assert_tier_clean(facts: Facts) -> None:
     assert facts["held_after_staging"] == 0
     assert facts["locked_chunks"] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import deque
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,6 +30,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvtier.scheduler import AsyncProgramScheduler, ProgramScheduler
+from kvtier.turns.live_mode import LiveMode, Mode
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +66,7 @@ class Engine:
     def __init__(self, model_dir: Path, scheduler_class: type[Any], **options: Any) -> None:
         init_none_hash(sha256)
         blocks = options.pop("blocks", 61)
+        is_async = options.pop("is_async", issubclass(scheduler_class, AsyncScheduler))
         arguments: dict[str, Any] = {
             "max_num_seqs": 1,
             "scheduling_policy": "priority",
@@ -82,7 +85,6 @@ class Engine:
         ).create_engine_config()
         config.cache_config.block_size = BLOCK_TOKENS
         config.cache_config.num_gpu_blocks = blocks
-        is_async = issubclass(scheduler_class, AsyncScheduler)
         config.scheduler_config.async_scheduling = is_async
         spec = FullAttentionSpec(
             block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=8, dtype=torch.float32
@@ -255,6 +257,32 @@ def test_the_connector_may_know_the_age_of_anonymous_programs(model_dir: Path) -
     scheduler.connector = None
     assert ranks == {"B1": T0_S + 2, "A2": T0_S}
     assert engine.run() == ["A2", "B1"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "rank_s"), [("on", T0_S), ("shadow", T0_S + 9), ("off", T0_S + 9)]
+)
+def test_arrival_times_are_kvtiers_only_while_it_is_on(
+    model_dir: Path, mode: str, rank_s: float
+) -> None:
+    engine = Engine(model_dir, ProgramScheduler)
+    half = SimpleNamespace(live_mode=LiveMode(Mode(mode)))
+    scheduler = engine.scheduler
+    scheduler.connector = SimpleNamespace(scheduler_half=half, on_new_request=lambda _: None)
+    engine.add("A1", T0_S, program="A")
+    assert engine.add("A2", T0_S + 9, program="A").arrival_time == rank_s
+    scheduler.connector = None
+
+
+def test_async_scheduling_makes_the_other_kind(model_dir: Path) -> None:
+    class Mine(ProgramScheduler):
+        pass
+
+    for cls, kind in ((ProgramScheduler, AsyncProgramScheduler), (Mine, Mine)):
+        engine = Engine(model_dir, cls, is_async=True)
+        assert type(engine.scheduler) is kind
+        assert engine.scheduler._aging_s > 0, "initialised"
+    assert type(Engine(model_dir, ProgramScheduler).scheduler) is ProgramScheduler
 
 
 def test_under_memory_pressure_the_youngest_program_is_preempted(model_dir: Path) -> None:

@@ -25,6 +25,7 @@ DRAM_GB = 0.02
 """80 chunks of 256 KiB: seven of the scenarios' programs."""
 
 SCENARIOS = [
+    "strangers",
     "full_of_equals",
     "room_by_value",
     "room_by_expired_lease",
@@ -35,6 +36,7 @@ SCENARIOS = [
     "killed_during_store",
     "killed_between",
     "killed_during_load",
+    "guardian_killed",
 ]
 
 

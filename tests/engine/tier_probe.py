@@ -43,3 +43,26 @@ def await_clean(endpoint: str) -> wire.StatusReply:
             return status
         assert time.monotonic() < deadline_s, f"left over in the server: {status}"
         time.sleep(0.1)
+
+
+def knock(endpoint: str) -> list[wire.Reply]:
+    """Talk to the server as it should not be talked to; its answers to what it can answer."""
+    context = zmq.Context()
+    dealer, stranger = context.socket(zmq.DEALER), context.socket(zmq.REQ)
+    try:
+        for socket in (dealer, stranger):
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(endpoint)
+        # This kind of socket puts an empty frame in front.
+        stranger.send(b"hello?")
+        replies = []
+        of_another_host = wire.Hello(1, wire.API_VERSION, "far/0", 2**22 + 1, 1.0)
+        for frame in (b"", b"\xff" * 100, wire.encoder.encode(of_another_host)):
+            dealer.send(frame)
+            assert dealer.poll(int(WAIT_S * 1000)), "the server does not answer"
+            replies.append(wire.reply_decoder.decode(dealer.recv()))
+        return replies
+    finally:
+        dealer.close()
+        stranger.close()
+        context.term()

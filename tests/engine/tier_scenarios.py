@@ -116,6 +116,47 @@ def abort_while_loading(*, is_async: bool) -> Facts:
     }
 
 
+def _give_up(where: str, *, is_async: bool) -> Facts:
+    """kvtier fails inside while a request is given blocks for its load: vLLM waits for that load."""
+    tier = VirtualTier()
+    engine = Engine(EngineSpec(is_async=is_async, blocks=30, settings=TIER), tier)
+    drive, generator = Drive(engine), random.Random(1)
+    first = engine.request("a1", _prompt(generator, 100), 61, session="A", kvtier=STAGE_ONLY)
+    drive.run(first)
+    for i in range(8):
+        drive.run(engine.request(f"x{i}", _prompt(generator, 200), 3, kvtier=PASSING))
+    prompt = [*drive.text(first), *_prompt(generator, 30)]
+    half = engine.half
+    hook = getattr(half, where)
+
+    def fail(*args: Any) -> Any:
+        # Other hooks' calls of the same name, before anything is to be loaded, go through.
+        if where == "build" and not half.reader.n_loads:
+            return hook(*args)
+        message = "injected"
+        raise RuntimeError(message)
+
+    setattr(half, where, fail)
+    drive.run(engine.request("a2", prompt, 5, session="A", kvtier=STAGE_ONLY))
+    return {
+        "gave_up": engine.connector.scheduler_half is None,
+        "counted": half.stats.totals.get("failures|internal", 0),
+        "output_tokens": len(drive.output["a2"]),
+        "copies": dict(drive.worker.done),
+        "lost_blocks": engine.spec.blocks - engine.free_blocks,
+    }
+
+
+def give_up_in_build(*, is_async: bool) -> Facts:
+    """The load was ordered in this step, then building the step's orders fails."""
+    return _give_up("build", is_async=is_async)
+
+
+def give_up_in_allocation(*, is_async: bool) -> Facts:
+    """The load was promised, then ordering it fails."""
+    return _give_up("on_allocated", is_async=is_async)
+
+
 def start_while_staging(*, is_async: bool) -> Facts:
     """A request needs the blocks that a running copy reads, in an engine with nothing else to do."""
     engine = Engine(EngineSpec(is_async=is_async, settings=TIER), VirtualTier())
@@ -342,6 +383,8 @@ ALL = [
     failed_load,
     failed_store,
     abort_while_loading,
+    give_up_in_build,
+    give_up_in_allocation,
     start_while_staging,
     cancelled_staging,
     silent_tier,

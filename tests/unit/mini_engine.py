@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvtier.admission import AdmissionConfig, AdmissionController
-from kvtier.orders import Order, OrderResult, StepOrders
+from kvtier.orders import Calibration, Order, OrderResult, StepOrders
 from kvtier.policy import Policy, PolicyConfig
 from kvtier.programs import ProgramLimits, ProgramTable
 from kvtier.scheduler_half import SchedulerHalf
 from kvtier.stats import Stats
 from kvtier.tools.detection import ToolCallDetector
-from kvtier.ttl.gaps import GapBook
-from kvtier.ttl_controller import OutputReuse
 from kvtier.turns.block_pool import VllmBlockPool, wrap_allocation
 from kvtier.turns.decision_log import DecisionLog
 from kvtier.turns.engine_facts import StepFacts
@@ -33,6 +31,15 @@ if TYPE_CHECKING:
     from kvtier.backend import TierBackend
 
 STEP_S = 0.01
+
+
+@dataclass(slots=True)
+class Report:
+    """What the workers send at a step's end."""
+
+    results: list[OrderResult]
+    calibration: Calibration | None = None
+    step_id: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -146,7 +153,7 @@ class MiniEngine:
             tier=self.tier,
             programs=ProgramTable(limits),
             admission=AdmissionController(AdmissionConfig()),
-            policy=Policy(self.facts, config or PolicyConfig(), GapBook(), OutputReuse()),
+            policy=Policy(self.facts, config or PolicyConfig()),
             detector=ToolCallDetector(None, lambda _: "", {}),
             stats=self.stats,
             log=DecisionLog(None),
@@ -228,7 +235,7 @@ class MiniEngine:
         self.now_s += STEP_S
         for order, ok in loads:
             self._loaded(order, ok=ok)
-        self.half.on_results(results)
+        self.half.on_worker(Report(results, step_id=orders.step_id))
         for entry in scheduled:
             entry.request.output_token_ids.append(7 + len(entry.request.output_token_ids))
             if len(entry.request.output_token_ids) >= entry.request.max_tokens:

@@ -44,6 +44,16 @@ def test_version() -> None:
     assert runner.invoke(app, ["version"]).output == f"{__version__}\n"
 
 
+@pytest.mark.parametrize("mode", ["shadow", "off"])
+def test_a_kvtier_that_changes_nothing_leaves_the_scheduler_alone(
+    model: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVTIER_MODE", mode)
+    assert "--scheduler-cls" not in runner.invoke(app, ["serve", model, "--dry-run"]).output
+    asked = runner.invoke(app, ["serve", model, "--program-scheduler", "--dry-run"])
+    assert "--scheduler-cls" in asked.output
+
+
 def test_dry_run_prints_exactly_the_command(model: str) -> None:
     result = runner.invoke(app, ["serve", model, "--port", "8000", "-tp", "2", "--dry-run"])
     assert result.exit_code == 0

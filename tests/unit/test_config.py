@@ -77,7 +77,7 @@ def test_directories_and_empty_variables_are_no_settings() -> None:
     assert Settings.load({}, environ) == Settings.load({}, {})
 
 
-@pytest.mark.parametrize("field", ["headroom_blocks", "dram_gb", "chunk_tokens"])
+@pytest.mark.parametrize("field", ["dram_gb", "chunk_tokens"])
 def test_auto_clears_a_lower_source(field: str) -> None:
     environ = {f"KVTIER_{field.upper()}": "32"}
     assert getattr(Settings.load({}, environ), field) == 32
@@ -136,7 +136,6 @@ def test_all_mistakes_are_reported_at_once() -> None:
 BAD: dict[str, object] = {name: [] for name in Settings.model_fields} | {
     "mode": "auto",
     "pin_budget_fraction": 1.5,
-    "headroom_blocks": -1,
     "ttl_fixed_s": "inf",
     "max_ttl_s": -1,
     "stage": "maybe",

@@ -472,7 +472,7 @@ def test_an_answer_of_the_wrong_kind_fails_the_operation(server: Server, client:
     assert failed.reason == "malformed"
 
 
-@pytest.mark.parametrize("reason", ["api_mismatch", "no_shared_memory"])
+@pytest.mark.parametrize("reason", ["api_mismatch", "no_shared_memory", "not_on_this_host"])
 def test_an_incompatible_server_is_left_alone(
     server: Server, connect: Callable[[], Client], reason: str
 ) -> None:
@@ -488,6 +488,19 @@ def test_an_incompatible_server_is_left_alone(
     refused = client.outcome(client.lookup())
     assert isinstance(refused, OperationFailed)
     assert refused.reason == "tier_away"
+
+
+def test_leaving_ends_the_session_at_the_server(
+    server: Server, connect: Callable[[], Client]
+) -> None:
+    client = connect()
+    client.ready()
+    client.bridge.close()
+    deadline_s = time.monotonic() + WAIT_S
+    while len(server.hellos) < 2:
+        assert time.monotonic() < deadline_s, server.hellos
+        time.sleep(0.01)
+    assert server.hellos == ["engine/0", "engine/1"]
 
 
 def test_hello_is_not_repeated_in_every_step(server: Server, connect: Callable[[], Client]) -> None:

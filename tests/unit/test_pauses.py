@@ -16,8 +16,6 @@ from kvtier.orders import OrderIds, OrderResult
 from kvtier.policy import Policy, PolicyConfig
 from kvtier.stats import Stats
 from kvtier.tools.detection import ToolCall
-from kvtier.ttl.gaps import GapBook
-from kvtier.ttl_controller import OutputReuse
 from kvtier.turns.block_pool import VllmBlockPool
 from kvtier.turns.decision_log import DecisionLog
 from kvtier.turns.pauses import Pauses
@@ -50,7 +48,7 @@ class Rig:
         adapter = VllmBlockPool(self.pool)
         self.pins = PinTable(adapter, budget_blocks)
         self.stats = Stats()
-        self.policy = Policy(self.facts, config or PolicyConfig(), GapBook(), OutputReuse())
+        self.policy = Policy(self.facts, config or PolicyConfig())
         self.stager = Stager(
             self.tier,
             self.pins,
@@ -343,7 +341,7 @@ def test_what_is_staged_already_is_not_staged_again(rig: Rig) -> None:
 
 def test_output_that_is_never_repeated_is_neither_pinned_nor_staged(rig: Rig) -> None:
     for _ in range(50):
-        rig.policy.observe_output_reuse(0, BLOCK_TOKENS)
+        rig.policy.ttl.observe_output_reuse(0, BLOCK_TOKENS)
     told = rig.end("a", 8)
     assert told is not None
     assert told["pinned_blocks"] == 7

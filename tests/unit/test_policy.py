@@ -1,19 +1,18 @@
-"""What the policy learns from steps and turns, as admission asks for it."""
+"""What the policy learns from steps, turns and copies, and what it makes of it."""
 
 from __future__ import annotations
 
 import pytest
 
-from kvtier.policy import Policy, PolicyConfig
-from kvtier.ttl.gaps import GapBook
-from kvtier.ttl_controller import OutputReuse
+from kvtier.orders import Calibration, OrderResult
+from kvtier.policy import PROBE_EVERY, Policy, PolicyConfig, ReturnChoice
 from kvtier.turns.engine_facts import StepFacts
 from tests.unit.fake_vllm import engine_facts
 
 
 @pytest.fixture
 def policy() -> Policy:
-    return Policy(engine_facts(), PolicyConfig(), GapBook(), OutputReuse())
+    return Policy(engine_facts(), PolicyConfig())
 
 
 def test_a_round_computes_every_context_anew_and_generates_a_turn(policy: Policy) -> None:
@@ -30,3 +29,47 @@ def test_a_step_with_a_prefill_says_nothing_about_generation(policy: Policy) -> 
     policy.observe_output(50)
     policy.observe_step(StepFacts(scheduled_tokens=515, running_requests=4), 9.0)
     assert policy.generation.turn_s() == 0.0
+
+
+def calibration(bytes_per_s: float) -> Calibration:
+    link = (1e-4, ((4096, bytes_per_s),))
+    return Calibration(store=link, load=link, prefill=(), profile_path="")
+
+
+def test_all_ranks_copy_at_once_over_links_of_their_own() -> None:
+    one, four = (Policy(engine_facts(ranks=ranks), PolicyConfig()) for ranks in (1, 4))
+    for policy in (one, four):
+        policy.seed_from(calibration(1e9))
+    assert one.load_link.model().seconds(10**6, 4096) == pytest.approx(
+        four.load_link.model().seconds(4 * 10**6, 4096)
+    )
+
+
+def returning(policy: Policy) -> ReturnChoice:
+    choice, _ = policy.decide_return(65, 0, 64, backlog_tokens=0, waiting_requests=0)
+    policy.observe_return(choice.reason)
+    return choice
+
+
+def slow_link(policy: Policy, ratio: float) -> None:
+    """A link over which 64 tokens take `ratio` times as long as to compute them."""
+    compute_s = policy.prefill.model().seconds(0, 64)
+    n_bytes = 64 * policy.facts.kv_bytes_per_token
+    link = (0.0, ((1, n_bytes / (ratio * compute_s)),))
+    policy.seed_from(Calibration(store=link, load=link, prefill=(), profile_path=""))
+
+
+def test_a_link_that_seems_slow_is_tried_now_and_then(policy: Policy) -> None:
+    slow_link(policy, 2.0)
+    for _ in range(PROBE_EVERY):
+        assert returning(policy).reason == "recompute_cheaper"
+    probe = returning(policy)
+    assert (probe.source, probe.reload_tokens, probe.reason) == ("reload", 64, "link_probe")
+    policy.observe_copy(OrderResult(1, "load", ok=True, n_bytes=100, seconds=9.0, run_bytes=1))
+    assert returning(policy).reason == "recompute_cheaper"
+
+
+def test_a_link_that_is_far_too_slow_is_not_tried(policy: Policy) -> None:
+    slow_link(policy, 50.0)
+    for _ in range(3 * PROBE_EVERY):
+        assert returning(policy).reason == "recompute_cheaper"

@@ -25,18 +25,14 @@ def test_reads_all_fields() -> None:
         {
             "program": "agent-7",
             "tool": "bash",
-            "tenant": "acme",
             "ttl_s": 30,
-            "expected_gap_s": 2.5,
             "end": True,
             "pin": False,
             "stage": True,
         }
     )
     assert errors == ()
-    assert hints == RequestHints(
-        "agent-7", "bash", "acme", 30.0, 2.5, end=True, pin=False, stage=True
-    )
+    assert hints == RequestHints("agent-7", "bash", 30.0, end=True, pin=False, stage=True)
 
 
 def test_nothing_said() -> None:
@@ -72,7 +68,6 @@ def test_other_connectors_parameters_are_not_ours() -> None:
         ("ttl_s", math.inf, "out_of_range"),
         ("ttl_s", 10**400, "out_of_range"),
         ("ttl_s", MAX_TTL_S * 1.01, "out_of_range"),
-        ("expected_gap_s", {}, "wrong_type"),
         ("end", 1, "wrong_type"),
         ("pin", "yes", "wrong_type"),
         ("stage", 0.0, "wrong_type"),
@@ -123,20 +118,17 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
-_FIELDS = st.sampled_from(
-    ["program", "tool", "tenant", "ttl_s", "expected_gap_s", "end", "pin", "stage", "other"]
-)
+_FIELDS = st.sampled_from(["program", "tool", "ttl_s", "end", "pin", "stage", "other"])
 
 
 @given(_JSON | st.dictionaries(_FIELDS, _JSON) | st.dictionaries(st.integers(), _JSON))
 def test_never_raises_and_what_it_returns_is_in_bounds(raw: object) -> None:
     hints, errors = parse_hints(raw)
-    for text in (hints.program, hints.tool, hints.tenant):
+    for text in (hints.program, hints.tool):
         assert text is None or 0 < len(text.encode()) <= MAX_TEXT_BYTES
-    for seconds in (hints.ttl_s, hints.expected_gap_s):
-        assert seconds is None or (math.isfinite(seconds) and seconds >= 0)
+    assert hints.ttl_s is None or (math.isfinite(hints.ttl_s) and hints.ttl_s >= 0)
     if isinstance(raw, dict):
         said = {key for key, value in raw.items() if value is not None}
         wrong = {error.field for error in errors}
-        for name in ("program", "tool", "tenant", "ttl_s", "expected_gap_s", "pin", "stage"):
+        for name in ("program", "tool", "ttl_s", "pin", "stage"):
             assert (getattr(hints, name) is not None) == (name in said and name not in wrong)

@@ -13,8 +13,6 @@ from kvtier.identity.request_params import RequestHints
 from kvtier.orders import OrderIds
 from kvtier.policy import Policy, PolicyConfig
 from kvtier.stats import Stats
-from kvtier.ttl.gaps import GapBook
-from kvtier.ttl_controller import OutputReuse
 from kvtier.turns.block_pool import VllmBlockPool
 from kvtier.turns.decision_log import DecisionLog
 from kvtier.turns.reading import TierReader
@@ -44,7 +42,7 @@ class Rig:
         pool = VllmBlockPool(FakePool(60))
         self.pins = PinTable(pool, 60)
         self.stats = Stats()
-        self.policy = Policy(self.facts, config or PolicyConfig(), GapBook(), OutputReuse())
+        self.policy = Policy(self.facts, config or PolicyConfig())
         ids, blocks = OrderIds(), self.facts.chunk_blocks
         self.stager = Stager(
             self.tier,
@@ -122,9 +120,19 @@ def test_whole_chunks_without_the_last_token_are_readable(
     assert rig.returns.readable_tokens(rig.turn(prompt_tokens)) == readable
 
 
-def test_a_late_answer_is_not_waited_for(rig: Rig) -> None:
+def test_an_answer_that_came_in_a_long_step_is_not_late(rig: Rig) -> None:
     rig.store(16)
     rig.tier.answer_after = 1
+    turn = rig.turn(30)
+    assert rig.hit(turn) is None
+    rig.now_s += 10 * LOOKUP_DEADLINE_S
+    assert rig.hit(turn) == 16
+    assert "failures|lookup_late" not in rig.stats.totals
+
+
+def test_a_late_answer_is_not_waited_for(rig: Rig) -> None:
+    rig.store(16)
+    rig.tier.answer_after = 2
     turn = rig.turn(30)
     assert rig.hit(turn) is None
     rig.now_s += LOOKUP_DEADLINE_S * 0.9
@@ -202,19 +210,19 @@ def test_the_pin_is_handed_over(rig: Rig) -> None:
 def test_a_rewritten_answer_still_continues_its_prompt(rig: Rig) -> None:
     rig.pin("before", [1, 2, 3, 4, 5], prompt_blocks=3)
     turn = rig.turn(30, local_tokens=3 * BLOCK_TOKENS)
-    before = rig.policy.output_reuse.probability("")
+    before = rig.policy.ttl.output_reuse
     assert rig.returns.hand_over(turn, lambda: [1, 2, 3, 8, 9]) == 12
     assert len(rig.pins) == 0
-    assert rig.policy.output_reuse.probability("") < before
+    assert rig.policy.ttl.output_reuse < before
 
 
 def test_a_repeated_answer_raises_the_expectation(rig: Rig) -> None:
     for _ in range(5):
-        rig.policy.observe_output_reuse(0, 8)
-    before = rig.policy.output_reuse.probability("")
+        rig.policy.ttl.observe_output_reuse(0, 8)
+    before = rig.policy.ttl.output_reuse
     rig.pin("before", [1, 2, 3, 4], prompt_blocks=2)
     rig.returns.hand_over(rig.turn(30, local_tokens=16), lambda: [1, 2, 3, 4, 5])
-    assert rig.policy.output_reuse.probability("") > before
+    assert rig.policy.ttl.output_reuse > before
 
 
 @pytest.mark.parametrize("blocks", [[1, 2, 7, 8], [1], [], [6, 7, 8, 9]])

@@ -13,7 +13,7 @@ import torch
 
 from kvtier import cpu_pool
 from kvtier.backend import Region
-from kvtier.orders import Order, OrderResult, StepOrders
+from kvtier.orders import Order, OrderResult, StepOrders, failing_load
 from kvtier.worker_half import WorkerHalf
 
 if TYPE_CHECKING:
@@ -255,11 +255,34 @@ def test_an_order_that_makes_no_sense_fails_alone(
     assert worker.take_loaded() == {"r9"}
 
 
-def test_a_layout_that_the_scheduler_does_not_reckon_with_is_refused(
-    caches: dict[str, torch.Tensor],
+def test_with_a_layout_that_cannot_be_copied_every_order_fails(
+    caches: dict[str, torch.Tensor], region: Region, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(ValueError, match=f"{SLOT_BYTES} bytes.*{SLOT_BYTES + 2} by vLLM"):
-        worker_half(slot_bytes=SLOT_BYTES + 2).register(caches)
+    worker = worker_half(slot_bytes=SLOT_BYTES + 2)
+    worker.register(caches)
+    assert f"{SLOT_BYTES} bytes" in caplog.text
+    assert f"{SLOT_BYTES + 2} by vLLM" in caplog.text
+    load, store = order(1, "load", [4, 5], [[0]]), order(2, "store", [0, 1], [[0]])
+    worker.submit(StepOrders(region, [load], [store]))
+    worker.collect()
+    assert [(r.order_id, r.ok) for r in worker.take_results()] == [(1, False), (2, False)]
+    assert worker.take_loaded() == {"r1"}
+    assert worker.take_bad_blocks() == {4, 5}
+
+
+def test_a_load_that_is_meant_to_fail_fails(
+    caches: dict[str, torch.Tensor], region: Region
+) -> None:
+    """The connector's way out when kvtier has given up while vLLM waits for a load."""
+    for kvs in ({}, caches):
+        worker = worker_half()
+        if kvs:
+            worker.register(kvs)
+        worker.submit(StepOrders(region, [failing_load("r9", [6, 7])]))
+        worker.collect()
+        assert worker.take_loaded() == {"r9"}
+        assert worker.take_bad_blocks() == {6, 7}
+        worker.close()
 
 
 def test_close_ends_what_runs_and_is_idempotent(worker: WorkerHalf, region: Region) -> None:
@@ -279,7 +302,8 @@ def test_calibration_is_measured_once_and_only_on_rank_zero(
 ) -> None:
     calls: list[str] = []
 
-    def calibrate(layout: Any, model: str, profile_dir: Path) -> str:
+    def calibrate(layout: Any, model: str, profile_dir: Path, *, may_measure: bool) -> str:
+        assert may_measure
         calls.append(model)
         return "measured"
 

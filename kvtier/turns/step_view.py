@@ -1,0 +1,40 @@
+"""What kvtier reads of vLLM's scheduler output, by attribute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvtier.turns.engine_facts import StepFacts
+
+PREFILL_SHARE = 0.9
+"""A step with at least this share of one request's tokens tells how long a prefill takes."""
+
+
+def step_facts(output: Any) -> StepFacts:
+    """What a scheduled step computes, and whether it tells how long a prefill takes."""
+    total = int(output.total_num_scheduled_tokens)
+    scheduled: dict[str, int] = output.num_scheduled_tokens
+    facts = StepFacts(
+        scheduled_tokens=total,
+        running_requests=len(scheduled),
+        preempted_requests=len(output.preempted_req_ids or ()),
+    )
+    if not scheduled:
+        return facts
+    request_id, n_tokens = max(scheduled.items(), key=lambda item: item[1])
+    if n_tokens > 1 and n_tokens >= PREFILL_SHARE * total:
+        cached = _computed_before(output, request_id)
+        if cached is not None:
+            facts.prefill = (cached, n_tokens)
+    return facts
+
+
+def _computed_before(output: Any, request_id: str) -> int | None:
+    for new in output.scheduled_new_reqs:
+        if new.req_id == request_id:
+            return int(new.num_computed_tokens)
+    cached = output.scheduled_cached_reqs
+    for known, n_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=False):
+        if known == request_id:
+            return int(n_computed)
+    return None
