@@ -16,6 +16,7 @@ class PinnedTurn:
             prompt repeats it token for token.
         predicted_gap_s: Median of the gap that was expected.
         staged_tokens: Prefix that the CPU tier holds or is being given.
+        strand: Name under which it does.
         miss_unstaged_s: What a return without the GPU copy costs more, seconds, without a staged copy.
         miss_staged_s: The same once the staged prefix is confirmed.
     """
@@ -25,5 +26,6 @@ class PinnedTurn:
     prompt_blocks: int
     predicted_gap_s: float
     staged_tokens: int = 0
+    strand: str = ""
     miss_unstaged_s: float = 0.0
     miss_staged_s: float = 0.0

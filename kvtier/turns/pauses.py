@@ -59,8 +59,10 @@ class Pauses:
     def regret_s_per_block(self, pin: Pin, now_s: float) -> float:
         """Expected loss of ending a pin now; little where the tier has confirmed its KV."""
         data = pin.data
-        confirmed = self._stager.confirmed_chunks(pin.program) * self._facts.chunk_tokens
-        staged = isinstance(data, PinnedTurn) and 0 < data.staged_tokens <= confirmed
+        staged = False
+        if isinstance(data, PinnedTurn) and data.staged_tokens:
+            confirmed = self._stager.confirmed_chunks(data.strand) * self._facts.chunk_tokens
+            staged = data.staged_tokens <= confirmed
         return self._policy.ttl.regret_s_per_block(pin, now_s, staged=staged)
 
     def decide(
@@ -129,8 +131,9 @@ class Pauses:
         pinned_blocks, staging = 0, False
         if not shadow:
             if pin:
+                strand = self._strand(turn, chain, stage=stage)
                 pinned_blocks = self._pin(
-                    turn, call, decision, blocks, expected_s, displaceable, now_s
+                    turn, call, decision, blocks, strand, expected_s, displaceable, now_s
                 )
             if stage and chain is not None:
                 # After the pin, whose references staging can share.
@@ -155,13 +158,14 @@ class Pauses:
         call: ToolCall,
         decision: Decision,
         blocks: BlockIds,
+        strand: str,
         expected_s: float,
         displaceable: list[Pin] | None,
         now_s: float,
     ) -> int:
         """Pin what the decision keeps; returns how many blocks, 0 where the budget has no place."""
         keep = blocks[: self._facts.blocks_of(decision.keep_tokens)]
-        data = self._pinned_turn(turn, call, len(keep), expected_s, decision)
+        data = self._pinned_turn(turn, call, len(keep), strand, expected_s, decision)
         mine = Pin(turn.request_id, turn.program, keep, now_s, now_s + decision.ttl_s, data)
         if displaceable and self._worth_displacing(mine, displaceable, now_s):
             for other in displaceable:
@@ -173,8 +177,21 @@ class Pauses:
         self._stats.sample("ttl_seconds", decision.ttl_s)
         return len(keep)
 
+    def _strand(self, turn: Turn, chain: ChunkChain | None, *, stage: bool) -> str:
+        """The conversation's name in the tier, as staging it will name it."""
+        if chain is None:
+            return ""
+        strands = self._stager.strands
+        return (strands.take if stage else strands.find)(turn.program, chain)
+
     def _pinned_turn(
-        self, turn: Turn, call: ToolCall, n_blocks: int, expected_s: float, decision: Decision
+        self,
+        turn: Turn,
+        call: ToolCall,
+        n_blocks: int,
+        strand: str,
+        expected_s: float,
+        decision: Decision,
     ) -> PinnedTurn:
         block_tokens = self._facts.block_tokens
         terms = decision.terms
@@ -184,6 +201,7 @@ class Pauses:
             prompt_blocks=min(n_blocks, turn.request.num_prompt_tokens // block_tokens),
             predicted_gap_s=expected_s,
             staged_tokens=decision.stage_tokens,
+            strand=strand,
             miss_unstaged_s=terms.miss_unstaged_s if terms is not None else 0.0,
             miss_staged_s=terms.miss_staged_s if terms is not None else 0.0,
         )

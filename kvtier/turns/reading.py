@@ -94,9 +94,9 @@ class TierReader:
         """Whether a lookup is open for this request."""
         return request_id in self._reads
 
-    def ask(self, request_id: str, program: str, chain: ChunkChain) -> None:
-        """Start a lookup for a request that has none."""
-        op_id = self._tier.lookup(self.namespace, program, bytes(chain.keys))
+    def ask(self, request_id: str, strand: str, chain: ChunkChain) -> None:
+        """Start a lookup for a request that has none; `strand` names its conversation in the tier."""
+        op_id = self._tier.lookup(self.namespace, strand, bytes(chain.keys))
         self._reads[request_id] = _Read(op_id)
         self._by_op[op_id] = request_id
 

@@ -78,7 +78,8 @@ class Returns:
             chain = self.chain_of(turn, readable)
             if not len(chain):
                 return 0
-            self._reader.ask(turn.request_id, turn.program, chain)
+            strand = self._stager.strands.find(turn.program, chain)
+            self._reader.ask(turn.request_id, strand, chain)
             turn.asked_s = now_s
             wait()
         hit = self._reader.hit_chunks(turn.request_id)

@@ -32,10 +32,12 @@ class StageJob:
     restarts after a hole was found in what the tier held before. `end_chunk` is less than the chain's
     length once the tier was full. `open` are the splits that are not committed, in order: they are
     copied in any order, but committed in this one, as a commit tells how long the prefix is by then.
+    `strand` is the name under which the tier keeps the chain.
     """
 
     key: str
     program: str
+    strand: str
     chain: ChunkChain
     block_ids: BlockIds
     value_s: float
@@ -51,7 +53,7 @@ class StageJob:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A program's confirmed KV in the tier: the first `n_chunks` chunks of `chain`."""
+    """A conversation's confirmed KV in the tier: the first `n_chunks` chunks of `chain`."""
 
     chain: ChunkChain
     n_chunks: int

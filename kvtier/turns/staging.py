@@ -26,6 +26,7 @@ from kvtier.backend import (
 from kvtier.block_ids import as_block_ids
 from kvtier.orders import Order
 from kvtier.turns.stage_jobs import Split, Staged, StageJob
+from kvtier.turns.strands import Strands
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,6 +82,8 @@ class Stager:
         self._by_reserve: dict[int, Split] = {}
         self._by_order: dict[int, Split] = {}
         self._by_commit: dict[int, Split] = {}
+        self.strands = Strands()
+        # By name in the tier.
         self._staged: dict[str, Staged] = {}
         self._ready: list[Order] = []
         self._now_s = 0.0
@@ -91,33 +94,41 @@ class Stager:
 
     def staged_chunks(self, program: str, chain: ChunkChain) -> int:
         """How many leading chunks of `chain` the tier has confirmed for this program."""
-        staged = self._staged.get(program)
-        if staged is None:
-            return 0
-        return min(staged.n_chunks, staged.chain.common_chunks(chain))
+        confirmed = (self._staged.get(name) for name in self.strands.names(program))
+        return max(
+            (min(s.n_chunks, s.chain.common_chunks(chain)) for s in confirmed if s is not None),
+            default=0,
+        )
 
-    def confirmed_chunks(self, program: str) -> int:
-        """Chunks of the program's last staged chain that the tier has confirmed."""
-        staged = self._staged.get(program)
+    def confirmed_chunks(self, strand: str) -> int:
+        """Chunks of the conversation's last staged chain that the tier has confirmed."""
+        staged = self._staged.get(strand)
         return staged.n_chunks if staged is not None else 0
 
     def forget(self, program: str) -> None:
         """The program is over: its jobs end too, and what they are still told is ignored."""
-        self._staged.pop(program, None)
+        for name in self.strands.names(program):
+            self._staged.pop(name, None)
+        self.strands.forget(program)
         self._void([job for job in self._active() if job.program == program])
 
     def forget_all(self) -> None:
         """Nothing is known to be staged any more, and nothing under way will be."""
         self._staged.clear()
+        self.strands.clear()
         self._void(self._active())
 
     def correct(self, program: str, chain: ChunkChain, resident_chunks: int) -> None:
         """A lookup of `chain` has seen how much of it is really there.
 
-        Only what the chain shares with the staged one tells: a sub-agent's prompt may share little.
+        Only what the chain shares with a staged one tells: a sub-agent's prompt may share little.
         """
-        if resident_chunks < self.staged_chunks(program, chain):
-            self._staged[program] = Staged(self._staged[program].chain, resident_chunks)
+        for name in self.strands.names(program):
+            staged = self._staged.get(name)
+            if staged is None:
+                continue
+            if resident_chunks < min(staged.n_chunks, staged.chain.common_chunks(chain)):
+                self._staged[name] = Staged(staged.chain, resident_chunks)
 
     # -- jobs --------------------------------------------------------------------------------------
 
@@ -166,8 +177,9 @@ class Stager:
                 self.cancel(other.key)
         blocks = as_block_ids(block_ids)[: len(chain) * self._chunk_blocks]
         self._pins.hold(f"stage:{key}", blocks, share=key)
+        strand = self.strands.take(program, chain)
         self._jobs[key] = StageJob(
-            key, program, chain, blocks, value_s, lease_s, next_chunk=done, end_chunk=len(chain)
+            key, program, strand, chain, blocks, value_s, lease_s, done, len(chain)
         )
         return True
 
@@ -276,7 +288,7 @@ class Stager:
         end = min(job.next_chunk + self._split_chunks, job.end_chunk)
         reserve_id = self._tier.reserve(
             self.namespace,
-            job.program,
+            job.strand,
             bytes(job.chain.keys),
             job.next_chunk,
             end,
@@ -351,9 +363,9 @@ class Stager:
         job = split.job
         if job.void:
             return
-        done = self._staged.get(job.program)
+        done = self._staged.get(job.strand)
         before = 0 if done is None else done.n_chunks
-        self._staged[job.program] = Staged(job.chain, resident_chunks)
+        self._staged[job.strand] = Staged(job.chain, resident_chunks)
         self._stats.count(
             "staged_tokens", max(0, resident_chunks - before) * job.chain.chunk_tokens
         )
