@@ -95,7 +95,7 @@ class AdmissionView:
         total_blocks: All KV blocks.
         running_requests: Requests in the step before.
         pinned_blocks: KV blocks held by pins alone; they are released for a request in need.
-        round_s: Seconds to serve each busy program one turn with its context computed anew; 0: unknown.
+        round_s: Seconds to serve all busy programs but one a turn, computing contexts anew; 0: unknown.
     """
 
     now_s: float

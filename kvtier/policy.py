@@ -183,17 +183,17 @@ class Policy:
         return self.queue.delay_s(backlog_tokens)
 
     def round_s(self, n_programs: int, blocks: int) -> float:
-        """Seconds to serve so many programs one turn each if nothing of their KV were kept.
+        """Seconds that a turn would wait if nothing were kept: each other program is served one turn.
 
         Args:
-            n_programs: Programs.
+            n_programs: Programs, the waiting one included.
             blocks: Of all their contexts, which are taken to be equally long.
         """
-        if n_programs <= 0:
+        if n_programs <= 1:
             return 0.0
         tokens = blocks * self.facts.block_tokens // n_programs
         prefill_s = self.prefill.model().seconds(0, tokens)
-        return n_programs * (prefill_s + self.generation.turn_s())
+        return (n_programs - 1) * (prefill_s + self.generation.turn_s())
 
     def decide_return(
         self,

@@ -15,14 +15,16 @@ def policy() -> Policy:
     return Policy(engine_facts(), PolicyConfig())
 
 
-def test_a_round_computes_every_context_anew_and_generates_a_turn(policy: Policy) -> None:
+def test_a_round_computes_the_others_contexts_anew_and_generates_their_turns(
+    policy: Policy,
+) -> None:
     block_tokens = policy.facts.block_tokens
     prefill_s = policy.prefill.model().seconds(0, 10 * block_tokens)
-    assert policy.round_s(0, 0) == 0.0
-    assert policy.round_s(4, 40) == pytest.approx(4 * prefill_s)
+    assert policy.round_s(0, 0) == policy.round_s(1, 10) == 0.0
+    assert policy.round_s(4, 40) == pytest.approx(3 * prefill_s)
     policy.observe_output(50)
     policy.observe_step(StepFacts(scheduled_tokens=4, running_requests=4), 0.08)
-    assert policy.round_s(4, 40) == pytest.approx(4 * (prefill_s + 50 * 0.02))
+    assert policy.round_s(4, 40) == pytest.approx(3 * (prefill_s + 50 * 0.02))
 
 
 def test_a_step_with_a_prefill_says_nothing_about_generation(policy: Policy) -> None:
