@@ -155,6 +155,14 @@ def build_scheduler_half(
     lease: Any = None
     if tier is None:
         tier, lease = connect_tier(vllm_config, settings, facts, clock)
+    logger.info(
+        "kvtier %s is %s: pins hold up to %.0f %% of the GPU's KV blocks, CPU tier %s, admission %s",
+        __version__,
+        settings.mode,
+        100 * facts.pin_budget_fraction,
+        tier.state,
+        settings.admission,
+    )
     stats = Stats()
     detector, decode = build_detector(vllm_config, settings)
     policy = Policy(

@@ -6,6 +6,7 @@ import json
 import logging
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
@@ -70,6 +71,7 @@ def serve(
         _stop("--json prints the plan of --dry-run: give both")
     try:
         flags = VllmFlags(words)
+        _check_model(model)
         # A template is read only to infer the parser.
         template = None
         if not flags.given("--tool-call-parser"):
@@ -100,6 +102,14 @@ def serve(
     except SupervisorError as error:
         _stop(str(error))
     raise typer.Exit(code)
+
+
+def _check_model(model: str) -> None:
+    """Refuse a path that is not there before anything is started."""
+    from kvtier.serving.plan import ServeError  # noqa: PLC0415
+
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().exists():
+        raise ServeError(f"{model} does not exist; give a directory with a model, or a hub name")
 
 
 @app.command()

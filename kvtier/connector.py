@@ -63,6 +63,16 @@ def _guarded(default: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return decorate
 
 
+def _join_vllms_log() -> None:
+    """Say things where vLLM does, unless the program has set up its own logging."""
+    ours, vllms = logging.getLogger("kvtier"), logging.getLogger("vllm")
+    if ours.handlers or logging.getLogger().handlers:
+        return
+    for handler in vllms.handlers:
+        ours.addHandler(handler)
+    ours.setLevel(vllms.level)
+
+
 class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
     """See the module's docstring.
 
@@ -81,6 +91,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         # Read by vLLM after this constructor: a failed load must become a recompute, not a failed request.
         transfer.kv_load_failure_policy = "recompute"
         super().__init__(vllm_config, role, kv_cache_config)
+        _join_vllms_log()
         self.settings = Settings.load(transfer.kv_connector_extra_config)
         self.scheduler_half: SchedulerHalf | None = None
         self.worker_half: WorkerHalf | None = None

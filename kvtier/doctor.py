@@ -213,7 +213,8 @@ def check_writable(name: str, folder: Path, variable: str) -> Check:
 
 def check_server(server: ServerSummary) -> Check:
     """Tell the state of one LMCache server of this host."""
-    found = f"{server.name}: {server.state.status}, {len(server.lease_pids)} engine(s)"
+    # One lease for each engine, and one for each `kvtier serve`.
+    found = f"{server.name}: {server.state.status}, {len(server.lease_pids)} lease(s)"
     if server.state.status is ServerStatus.FAILED:
         change = f"see {server.log_path}; the next engine starts it again"
         return Check("LMCache server", Status.WARN, f"{found}: {server.state.detail}", change)

@@ -347,7 +347,7 @@ class SchedulerHalf:
         if step.preempted_requests:
             self.room.given_back()
         self._housekeep(now_s)
-        loads, stores = self.reader.take_orders(), self.stager.advance(now_s)
+        stores = self.stager.advance(now_s)
         self.admission.begin_step(
             AdmissionView(
                 now_s=now_s,
@@ -358,7 +358,8 @@ class SchedulerHalf:
                 round_s=self.policy.round_s(*self.admission.busy),
             )
         )
-        return StepOrders(self.tier.region, loads, stores, step_id)
+        # Last: whatever fails before, the orders that requests wait for are still there.
+        return StepOrders(self.tier.region, self.reader.take_orders(), stores, step_id)
 
     def on_worker(self, report: WorkerReport) -> None:
         """The end of a step: the workers' results, and once what they measured at start."""

@@ -63,16 +63,21 @@ def demo(
         typer.Option(min=1, help="Threads of a CPU engine; default leaves one core free."),
     ] = None,
     work_dir: Annotated[
-        Path | None, typer.Option(help="Keep the servers' logs in this new directory.")
+        Path | None, typer.Option(help="Keep the servers' logs in this new or empty directory.")
     ] = None,
 ) -> None:
     """Run the same agents on plain vLLM, on stock LMCache and on kvtier, and compare."""
     console = Console()
     # The command line's own logging would print every request.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    logs = work_dir or Path(tempfile.mkdtemp(prefix="kvtier-demo-"))
     try:
         chosen = _parse_arms(arms)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--arms") from None
+    if work_dir is not None and work_dir.exists() and any(work_dir.iterdir()):
+        raise typer.BadParameter(f"{work_dir} is not empty", param_hint="--work-dir")
+    logs = work_dir or Path(tempfile.mkdtemp(prefix="kvtier-demo-"))
+    try:
         for output in (json_file, html_file):
             _check_writable(output)
         logs.mkdir(parents=True, exist_ok=True)
@@ -102,7 +107,7 @@ def demo(
         OSError,
         httpx.HTTPError,
     ) as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
+        console.print(f"kvtier demo: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
     finally:
         if work_dir is None:
@@ -134,7 +139,8 @@ def _parse_arms(text: str) -> tuple[Arm, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = sorted(set(names) - {arm.value for arm in Arm})
     if unknown or not names or len(set(names)) != len(names):
-        message = f"--arms {text!r}: give each of plain, stock, kvtier at most once"
+        wrong = f"{', '.join(unknown)} is none of them" if unknown else f"not {text!r}"
+        message = f"give some of plain, stock and kvtier, each at most once, with commas: {wrong}"
         raise ValueError(message)
     return tuple(Arm(name) for name in names)
 

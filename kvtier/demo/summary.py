@@ -40,16 +40,21 @@ _LINES: tuple[tuple[str, Callable[[Row], str]], ...] = (
 def print_summary(report: Mapping[str, Any], console: Console) -> None:
     """Print the arms side by side, then mean job completion as ratios."""
     rows = report["results"]
-    table = Table(title="kvtier demo")
+    table = Table(title="kvtier demo: seconds and counts, lower is better")
     table.add_column("")
     for row in rows:
         table.add_column(Arm(row["arm"]).label, justify="right")
     for name, show in _LINES:
         table.add_row(name, *(show(row) for row in rows))
-    for other in rows if len(rows) > 1 else ():
+    for other in rows[:-1]:
         title = Arm(other["arm"]).label
         ratios = (row["mean_jct_s"] / other["mean_jct_s"] for row in rows)
         table.add_row(f"mean job completion / {title}", *(f"{ratio:.2f}x" for ratio in ratios))
     console.print(table)
+    if len(rows) > 1:
+        console.print(
+            "Means are over programs. kvtier serves programs in the order in which they came: the last "
+            "ones wait longest for their first token."
+        )
     if report["same_work"]:
         console.print(f"same work in every arm: SHA-256 {report['work_digest'][:16]}...")

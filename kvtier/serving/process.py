@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import subprocess
+import time
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+WATCH_INTERVAL_S = 1.0
+REPEAT_SIGNAL_S = 30.0
+"""vLLM ends within seconds of a signal, unless it was told to drain requests for longer."""
 _FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -93,8 +97,8 @@ def run_serve(plan: ServePlan, model: str, settings: Settings, *, cpu: bool) -> 
     """
     env = engine_env(os.environ, cpu=cpu, offline=Path(model).is_dir())
     with ExitStack() as stack:
-        stack.enter_context(_host_server(settings))
-        return _run_vllm(list(plan.argv), env)
+        lease = stack.enter_context(_host_server(settings))
+        return _run_vllm(list(plan.argv), env, _ServerWatch(lease))
 
 
 @contextmanager
@@ -118,7 +122,8 @@ def _host_server(settings: Settings) -> Iterator[ServerLease | None]:
             if started:
                 try:
                     for result in stop_all(default_run_dir(), name=SERVER_NAME):
-                        logger.info("LMCache server %s: %s", result.name, result.reason)
+                        done = "stopped" if result.stopped else f"left running: {result.reason}"
+                        logger.info("LMCache server %s %s", result.name, done)
                 except SupervisorError as error:
                     # It ends by itself after its grace period. vLLM's exit code is what counts.
                     logger.warning("%s", error)
@@ -140,19 +145,53 @@ def _lease(settings: Settings) -> tuple[ServerLease, bool]:
     return lease, not running
 
 
-def _run_vllm(argv: list[str], env: dict[str, str]) -> int:
+class _ServerWatch:
+    """Says once whether the CPU tier came up: vLLM itself comes up without it too."""
+
+    def __init__(self, lease: ServerLease | None) -> None:
+        self._lease = lease
+
+    def look(self) -> None:
+        """Look at the server's state; costs nothing once it is known."""
+        if self._lease is None:
+            return
+        state = self._lease.state()
+        if state.status is ServerStatus.READY:
+            logger.info("LMCache server is ready")
+        elif state.status is ServerStatus.FAILED:
+            logger.warning("no CPU tier, pins alone: %s", state.detail)
+        else:
+            return
+        self._lease = None
+
+
+def _run_vllm(argv: list[str], env: dict[str, str], watch: _ServerWatch) -> int:
     # A group of its own: a terminal's Ctrl-C reaches vLLM once, from here, and not twice.
     child = subprocess.Popen(tied_to_parent(argv), env=env, process_group=0)
+    asked: list[tuple[int, float]] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
         if child.poll() is None:
+            asked[:] = [(number, time.monotonic())]
             child.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
-        code = child.wait()
+        while (code := _wait(child)) is None:
+            watch.look()
+            if asked and time.monotonic() - asked[0][1] >= REPEAT_SIGNAL_S:
+                # vLLM may lose a signal that comes while it starts.
+                logger.warning("vLLM has not ended; asking again")
+                forward(asked[0][0], None)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     # As a shell reports a death by signal.
     return code if code >= 0 else 128 - code
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return child.wait(timeout=WATCH_INTERVAL_S)
+    except subprocess.TimeoutExpired:
+        return None

@@ -103,16 +103,22 @@ def test_a_model_that_is_no_transformer_is_refused(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "said", "code"),
     [
-        (["--arms", "plain,fast"], "--arms 'plain,fast'"),
-        (["--arms", "plain,plain"], "at most once"),
-        (["--json", "/no/such/directory/demo.json"], "cannot write /no/such/directory/demo.json"),
-        (["--model", "/no/such/model"], "/no/such/model"),
+        (["--arms", "plain,fast"], "fast is none of them", 2),
+        (["--arms", "plain,plain"], "at most once", 2),
+        (["--work-dir", "/usr"], "/usr is not empty", 2),
+        (
+            ["--json", "/no/such/directory/demo.json"],
+            "cannot write /no/such/directory/demo.json",
+            1,
+        ),
+        (["--model", "/no/such/model"], "/no/such/model", 1),
     ],
 )
-def test_bad_input_is_told_before_anything_runs(options: list[str], said: str) -> None:
+def test_bad_input_is_told_before_anything_runs(options: list[str], said: str, code: int) -> None:
     result = CliRunner().invoke(app, ["demo", *options])
-    assert result.exit_code == 1
-    assert said in result.output
+    assert result.exit_code == code
+    # A usage error is wrapped in a box.
+    assert said in " ".join(result.output.replace("│", " ").split())
     assert "starting" not in result.output

@@ -134,7 +134,7 @@ def test_servers(monkeypatch: pytest.MonkeyPatch) -> None:
         state = ServerState(status, "detail")
         return ServerSummary("s", state, 1, 2, (3, 4), None, Path("log"))
 
-    assert doctor.check_server(summary(ServerStatus.READY)).found == "s: ready, 2 engine(s)"
+    assert doctor.check_server(summary(ServerStatus.READY)).found == "s: ready, 2 lease(s)"
     failed = doctor.check_server(summary(ServerStatus.FAILED))
     assert (failed.status, "see log" in failed.change) == (Status.WARN, True)
 

@@ -46,9 +46,9 @@ def run(*argv: str) -> int:
     return run_serve(ServePlan(argv, {}), "m", PIN_ONLY, cpu=True)
 
 
-def start_serve() -> subprocess.Popen[str]:
+def start_serve(serve: str = SERVE, engine: str = ENGINE) -> subprocess.Popen[str]:
     """Start a parent with the stand-in engine and wait until that runs."""
-    command = [sys.executable, "-c", SERVE, sys.executable, "-c", ENGINE]
+    command = [sys.executable, "-c", serve, sys.executable, "-c", engine]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert read_line(process) == "running\n"
     return process
@@ -83,6 +83,39 @@ def test_signal_reaches_the_engine_and_its_exit_code_returns(number: signal.Sign
     process.send_signal(number)
     assert read_line(process) == f"got {number.name}\n"
     assert process.wait(60) == 11
+
+
+def test_a_signal_that_the_engine_loses_is_repeated() -> None:
+    """As vLLM does while it starts."""
+    deaf_once = (
+        ENGINE.replace("def end(number, frame):", "lost = []\ndef end(number, frame):")
+        .replace(
+            '    print("got"',
+            '    if not lost: lost.append(1); print("lost", flush=True); return\n    print("got"',
+        )
+        .replace("signal.pause()", "while True: signal.pause()")
+    )
+    impatient = SERVE.replace(
+        "settings =", "import kvtier.serving.process as p; p.REPEAT_SIGNAL_S = 0.1\nsettings ="
+    )
+    process = start_serve(impatient, deaf_once)
+    process.send_signal(signal.SIGTERM)
+    assert read_line(process) == "lost\n"
+    assert read_line(process) == "got SIGTERM\n"
+    assert process.wait(60) == 11
+
+
+def test_a_tier_that_cannot_start_is_told_and_the_exit_code_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("KVTIER_RUN_DIR", str(tmp_path / "run"))
+    too_large = Settings.load({"kvtier.dram_gb": 10**6}, {})
+    waits = "import time; time.sleep(3); raise SystemExit(4)"
+    plan = ServePlan((sys.executable, "-c", waits), {})
+    with caplog.at_level("INFO"):
+        assert run_serve(plan, "m", too_large, cpu=True) == 4
+    assert "no CPU tier, pins alone" in caplog.text
+    assert "choose a smaller size" in caplog.text
 
 
 def test_engine_ends_when_serve_is_killed() -> None:
