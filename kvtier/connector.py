@@ -70,7 +70,8 @@ def _join_vllms_log() -> None:
         return
     for handler in vllms.handlers:
         ours.addHandler(handler)
-    ours.setLevel(vllms.level)
+    # kvtier's warnings are few, and tell why KV is lost: they come through whatever vLLM's level is.
+    ours.setLevel(min(vllms.level, logging.WARNING))
 
 
 class KVTierConnector(KVConnectorBase_V1, SupportsHMA):

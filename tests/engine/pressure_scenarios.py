@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import traceback
 
@@ -33,6 +34,8 @@ def main() -> int:
     parser.add_argument("--mode", choices=("sync", "async", "both"), default="both")
     parser.add_argument("--serve", action="store_true", help="answer lines of standard input")
     arguments = parser.parse_args()
+    # vLLM's own handler writes to the standard output that it found when it was imported.
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     if arguments.serve:
         # Whatever prints must not get between the lines of the answers.
         answers, sys.stdout = sys.stdout, sys.stderr

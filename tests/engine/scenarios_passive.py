@@ -39,7 +39,7 @@ def pin_only(engine: Engine, switch_file: str) -> None:
     """No tier: pins still work, nothing is staged; and the live switch ends them."""
     path = Path(switch_file)
     path.write_text("on")
-    engine.half._mode._next_check_s = 0.0
+    engine.half.live_mode._next_check_s = 0.0
     engine.turn(tokens("switch-on", 40), 2)
     assert str(engine.half.tier.state) == "absent"
     first = engine.turn(tokens("only", 700), program="only", ttl_s=FOREVER_S)
@@ -51,20 +51,20 @@ def pin_only(engine: Engine, switch_file: str) -> None:
     assert second.cached == 711 // BLOCK_TOKENS * BLOCK_TOKENS
     assert engine.pins_of("only")
     path.write_text("off")
-    engine.half._mode._next_check_s = 0.0
+    engine.half.live_mode._next_check_s = 0.0
     engine.turn(tokens("switch-off", 40), 2)
     assert engine.half.pins.pinned_blocks == 0
     assert engine.block_pool.get_num_free_blocks() == engine.free_blocks
     assert engine.count("pin_releases|off") > 0
     path.unlink()
-    engine.half._mode._next_check_s = 0.0
+    engine.half.live_mode._next_check_s = 0.0
 
 
 def expired(engine: Engine, switch_file: str) -> None:
     """A pin ends at its deadline."""
     path = Path(switch_file)
     path.write_text("on")
-    engine.half._mode._next_check_s = 0.0
+    engine.half.live_mode._next_check_s = 0.0
     engine.turn(tokens("switch-on2", 40), 2)
     first = engine.turn(tokens("short", 300), program="short", ttl_s=0.01)
     assert first.told["pinned_blocks"]
@@ -72,4 +72,4 @@ def expired(engine: Engine, switch_file: str) -> None:
     assert not engine.pins_of("short")
     assert engine.count("pin_releases|ttl") > 0
     path.unlink()
-    engine.half._mode._next_check_s = 0.0
+    engine.half.live_mode._next_check_s = 0.0

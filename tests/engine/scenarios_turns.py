@@ -256,7 +256,7 @@ def switched_off(engine: Engine, switch_file: str) -> None:
     first = engine.staged_turn("switch", ttl_s=FOREVER_S)
     assert engine.pins_of("switch")
     path.write_text("off\n")
-    engine.half._mode._next_check_s = 0.0
+    engine.half.live_mode._next_check_s = 0.0
     off = engine.turn(tokens("off", 300), program="off")
     assert not off.told
     assert engine.half.pins.pinned_blocks == 0
@@ -267,10 +267,10 @@ def switched_off(engine: Engine, switch_file: str) -> None:
     assert engine.turn(prompt, program="switch").cpu == 0
     engine.evict()
     path.write_text("on\n")
-    engine.half._mode._next_check_s = 0.0
+    engine.half.live_mode._next_check_s = 0.0
     engine.set_policy(reload="always")
     # The step that reads the file may still pass its request through.
     engine.turn(tokens("on", 40), 2)
     assert engine.turn(prompt, program="switch").cpu > 0
     path.unlink()
-    engine.half._mode._next_check_s = 0.0
+    engine.half.live_mode._next_check_s = 0.0
