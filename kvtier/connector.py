@@ -104,11 +104,12 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         self._local_tokens = 0
         self._block_tokens = int(vllm_config.cache_config.block_size)
         self._stats_off: dict[str, Any] = {}
-        from kvtier import assembly  # noqa: PLC0415 - heavy; the API process never gets here
+        # Heavy; the API process never gets here.
+        from kvtier import assembly, engine_config  # noqa: PLC0415
 
         try:
-            assembly.check_supported(vllm_config, kv_cache_config)
-        except assembly.Unsupported as reason:
+            engine_config.check_supported(vllm_config, kv_cache_config)
+        except engine_config.Unsupported as reason:
             logger.warning("kvtier is passive in this engine: %s", reason)
             return
         if role == KVConnectorRole.SCHEDULER:
