@@ -306,6 +306,15 @@ class Engine:
         self.half.admission.config = dataclasses.replace(self._admission, mode="off")
 
     @contextmanager
+    def patient_lookups(self) -> Iterator[None]:
+        """Wait within the step for the tier's answer, as long as a busy machine takes for it."""
+        wait_s, self.half._lookup_wait_s = self.half._lookup_wait_s, WAIT_S
+        try:
+            yield
+        finally:
+            self.half._lookup_wait_s = wait_s
+
+    @contextmanager
     def squeezed(self, n_free: int) -> Iterator[None]:
         """Leave `n_free` free blocks: as if other requests held the rest."""
         n_taken = self.block_pool.get_num_free_blocks() - n_free

@@ -184,7 +184,7 @@ def starts_at_once_on_pinned_memory(engine: Engine) -> None:
     """Every block that is not in use is pinned: a new request starts in the next step."""
     engine.turn(tokens("full", 1500), program="full", ttl_s=FOREVER_S, stage=False)
     assert engine.pins_of("full")
-    with engine.squeezed(0):
+    with engine.squeezed(0), engine.patient_lookups():
         request_id = engine.start(tokens("new", 300))
         engine.step()
         assert engine.request(request_id).status.name == "RUNNING"
