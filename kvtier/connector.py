@@ -159,20 +159,31 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
     def _make_room(
         self, request: Any, retry: Callable[[], Any], need_blocks: Callable[[], int]
     ) -> Any:
-        """See `SchedulerHalf.make_room`. What vLLM itself raises in `retry` is vLLM's to handle."""
+        """See `SchedulerHalf.make_room`.
+
+        What vLLM itself raises in `retry` is vLLM's to handle, and blocks that it has given are given:
+        a failure of kvtier's after that must not hide them.
+        """
         raised: list[Exception] = []
+        given: list[Any] = []
+        works = self.scheduler_half is not None
 
         def noted_retry() -> Any:
             try:
-                return retry()
+                result = retry()
             except Exception as error:
                 raised.append(error)
                 raise
+            given[:] = [] if result is None else [result]
+            return result
 
-        result = self._guarded_make_room(request, noted_retry, need_blocks, raised)
+        self._guarded_make_room(request, noted_retry, need_blocks, raised)
         if raised:
             raise raised[0]
-        return result
+        if works and not given and self.scheduler_half is None:
+            # kvtier has just given up, and with it all that it held.
+            return retry()
+        return given[0] if given else None
 
     @_guarded(None)
     def _guarded_make_room(
@@ -181,14 +192,13 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         retry: Callable[[], Any],
         need_blocks: Callable[[], int],
         raised: list[Exception],
-    ) -> Any:
+    ) -> None:
         assert self.scheduler_half is not None
         try:
-            return self.scheduler_half.make_room(request, retry, need_blocks)
+            self.scheduler_half.make_room(request, retry, need_blocks)
         except Exception:
-            if raised:
-                return None
-            raise
+            if not raised:
+                raise
 
     @_guarded(None)
     def _before_reset(self) -> None:

@@ -14,9 +14,10 @@ import logging
 import sys
 import traceback
 
-from tests.engine import pin_scenarios, tier_scenarios
+from tests.engine import giving_up_scenarios, pin_scenarios, tier_scenarios
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (*pin_scenarios.ALL, *tier_scenarios.ALL)}
+ROOMS = (pin_scenarios, tier_scenarios, giving_up_scenarios)
+SCENARIOS = {scenario.__name__: scenario for room in ROOMS for scenario in room.ALL}
 
 
 def answer(name: str, mode: str) -> str:

@@ -328,6 +328,16 @@ def test_when_kvtier_gives_up_nobody_waits_for_ever(ask: Ask, where: str) -> Non
     assert facts["lost_blocks"] == 0
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_when_kvtier_gives_up_while_it_makes_room_no_block_is_lost(ask: Ask, when: str) -> None:
+    facts = ask(f"give_up_{when}_room")
+    assert facts["gave_up"]
+    assert facts["counted"] == 1
+    assert facts["free_before"] == 0
+    assert facts["output_tokens"] == 5
+    assert facts["lost_blocks"] == 0
+
+
 def _assert_tier_clean(facts: Facts) -> None:
     assert facts["held_after_staging"] == 0
     assert facts["locked_chunks"] == 0

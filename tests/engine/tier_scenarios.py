@@ -28,7 +28,7 @@ WALK_STEPS = 300
 SESSIONS = 6
 
 
-def _prompt(generator: random.Random, n_tokens: int) -> list[int]:
+def prompt_of(generator: random.Random, n_tokens: int) -> list[int]:
     return [generator.randrange(3, 999) for _ in range(n_tokens)]
 
 
@@ -42,13 +42,13 @@ def _two_turns(
     tier = tier or VirtualTier()
     engine = Engine(EngineSpec(is_async=is_async, blocks=30, settings=TIER), tier)
     drive, generator = Drive(engine, fate), random.Random(1)
-    first = engine.request("a1", _prompt(generator, 100), 61, session="A", kvtier=STAGE_ONLY)
+    first = engine.request("a1", prompt_of(generator, 100), 61, session="A", kvtier=STAGE_ONLY)
     drive.run(first)
     staged = tier.resident_chunks
     held_after = engine.half.pins.held_blocks
     for i in range(8):
-        drive.run(engine.request(f"x{i}", _prompt(generator, 200), 3, kvtier=PASSING))
-    prompt = [*drive.text(first), *_prompt(generator, 30)]
+        drive.run(engine.request(f"x{i}", prompt_of(generator, 200), 3, kvtier=PASSING))
+    prompt = [*drive.text(first), *prompt_of(generator, 30)]
     drive.run(engine.request("a2", prompt, 2, session="A", kvtier=STAGE_ONLY))
     engine.check()
     totals = engine.half.stats.totals
@@ -93,18 +93,18 @@ def abort_while_loading(*, is_async: bool) -> Facts:
     engine = Engine(EngineSpec(is_async=is_async, blocks=30, settings=TIER), tier)
     drive = Drive(engine, lambda order: (6 if order.direction == "load" else 0, True))
     generator = random.Random(1)
-    first = engine.request("a1", _prompt(generator, 100), 61, session="A", kvtier=STAGE_ONLY)
+    first = engine.request("a1", prompt_of(generator, 100), 61, session="A", kvtier=STAGE_ONLY)
     drive.run(first)
     for i in range(8):
-        drive.run(engine.request(f"x{i}", _prompt(generator, 200), 3, kvtier=PASSING))
-    prompt = [*drive.text(first), *_prompt(generator, 30)]
+        drive.run(engine.request(f"x{i}", prompt_of(generator, 200), 3, kvtier=PASSING))
+    prompt = [*drive.text(first), *prompt_of(generator, 30)]
     engine.scheduler.add_request(engine.request("a2", prompt, 9, session="A", kvtier=STAGE_ONLY))
     for _ in range(4):
         drive.step()
     loads = engine.half.reader.n_loads
     drive.abort("a2")
     # Others must not get the blocks that the load still writes to.
-    drive.run(*(engine.request(f"y{i}", _prompt(generator, 150), 8) for i in range(3)))
+    drive.run(*(engine.request(f"y{i}", prompt_of(generator, 150), 8) for i in range(3)))
     engine.check()
     loads_after = engine.half.reader.n_loads
     engine.connector.shutdown()
@@ -116,58 +116,17 @@ def abort_while_loading(*, is_async: bool) -> Facts:
     }
 
 
-def _give_up(where: str, *, is_async: bool) -> Facts:
-    """kvtier fails inside while a request is given blocks for its load: vLLM waits for that load."""
-    tier = VirtualTier()
-    engine = Engine(EngineSpec(is_async=is_async, blocks=30, settings=TIER), tier)
-    drive, generator = Drive(engine), random.Random(1)
-    first = engine.request("a1", _prompt(generator, 100), 61, session="A", kvtier=STAGE_ONLY)
-    drive.run(first)
-    for i in range(8):
-        drive.run(engine.request(f"x{i}", _prompt(generator, 200), 3, kvtier=PASSING))
-    prompt = [*drive.text(first), *_prompt(generator, 30)]
-    half = engine.half
-    hook = getattr(half, where)
-
-    def fail(*args: Any) -> Any:
-        # Other hooks' calls of the same name, before anything is to be loaded, go through.
-        if where == "build" and not half.reader.n_loads:
-            return hook(*args)
-        message = "injected"
-        raise RuntimeError(message)
-
-    setattr(half, where, fail)
-    drive.run(engine.request("a2", prompt, 5, session="A", kvtier=STAGE_ONLY))
-    return {
-        "gave_up": engine.connector.scheduler_half is None,
-        "counted": half.stats.totals.get("failures|internal", 0),
-        "output_tokens": len(drive.output["a2"]),
-        "copies": dict(drive.worker.done),
-        "lost_blocks": engine.spec.blocks - engine.free_blocks,
-    }
-
-
-def give_up_in_build(*, is_async: bool) -> Facts:
-    """The load was ordered in this step, then building the step's orders fails."""
-    return _give_up("build", is_async=is_async)
-
-
-def give_up_in_allocation(*, is_async: bool) -> Facts:
-    """The load was promised, then ordering it fails."""
-    return _give_up("on_allocated", is_async=is_async)
-
-
 def start_while_staging(*, is_async: bool) -> Facts:
     """A request needs the blocks that a running copy reads, in an engine with nothing else to do."""
     engine = Engine(EngineSpec(is_async=is_async, settings=TIER), VirtualTier())
     drive, generator = Drive(engine, lambda _: (20, True)), random.Random(1)
     engine.scheduler.add_request(
-        engine.request("a1", _prompt(generator, 250), 10, session="A", kvtier=STAGE_ONLY)
+        engine.request("a1", prompt_of(generator, 250), 10, session="A", kvtier=STAGE_ONLY)
     )
     while not drive.worker.busy:
         drive.step()
     held, steps_before = engine.half.pins.held_blocks, drive.steps
-    drive.run(engine.request("new", _prompt(generator, 200), 5))
+    drive.run(engine.request("new", prompt_of(generator, 200), 5))
     engine.check()
     engine.connector.shutdown()
     return {
@@ -182,7 +141,7 @@ def silent_tier(*, is_async: bool) -> Facts:
     tier = VirtualTier()
     engine = Engine(EngineSpec(is_async=is_async, blocks=18, settings=TIER), tier)
     drive, generator = Drive(engine), random.Random(1)
-    first = engine.request("a1", _prompt(generator, 250), 10, session="A", kvtier=STAGE_ONLY)
+    first = engine.request("a1", prompt_of(generator, 250), 10, session="A", kvtier=STAGE_ONLY)
     engine.scheduler.add_request(first)
     while not drive.output.get("a1"):
         drive.step()
@@ -191,7 +150,7 @@ def silent_tier(*, is_async: bool) -> Facts:
         drive.step()
     held, steps_before = engine.half.pins.held_blocks, drive.steps
     # Shorter than a chunk, so it asks the tier for nothing.
-    engine.scheduler.add_request(engine.request("new", _prompt(generator, 60), 2, kvtier=PASSING))
+    engine.scheduler.add_request(engine.request("new", prompt_of(generator, 60), 2, kvtier=PASSING))
     for _ in range(50):
         drive.step()
     started = "new" in drive.first_step
@@ -206,15 +165,15 @@ def cancelled_staging(*, is_async: bool) -> Facts:
     tier = VirtualTier()
     engine = Engine(EngineSpec(is_async=is_async, settings=TIER), tier)
     drive, generator = Drive(engine, lambda _: (200, True)), random.Random(1)
-    first = engine.request("a1", _prompt(generator, 230), 10, session="A", kvtier=STAGE_ONLY)
+    first = engine.request("a1", prompt_of(generator, 230), 10, session="A", kvtier=STAGE_ONLY)
     engine.scheduler.add_request(first)
     while not drive.worker.busy:
         drive.step()
     held = engine.half.pins.held_blocks
-    grow = engine.request("grow", _prompt(generator, 30), 150, kvtier=PASSING)
+    grow = engine.request("grow", prompt_of(generator, 30), 150, kvtier=PASSING)
     drive.run(grow)
     resident = tier.resident_chunks
-    prompt = [*drive.text(first), *_prompt(generator, 20)]
+    prompt = [*drive.text(first), *prompt_of(generator, 20)]
     drive.run(engine.request("a2", prompt, 2, session="A", kvtier=PASSING))
     engine.check()
     engine.connector.shutdown()
@@ -273,7 +232,7 @@ class _Walk:
         text = self.history[session]
         if len(text) > 260:
             text = self.history[session] = []
-        prompt = [*text, *_prompt(self.random, self.random.randrange(5, 90))]
+        prompt = [*text, *prompt_of(self.random, self.random.randrange(5, 90))]
         self._n_requests += 1
         request_id = f"r{self._n_requests}"
         hints = self.random.choice(
@@ -383,8 +342,6 @@ ALL = [
     failed_load,
     failed_store,
     abort_while_loading,
-    give_up_in_build,
-    give_up_in_allocation,
     start_while_staging,
     cancelled_staging,
     silent_tier,
