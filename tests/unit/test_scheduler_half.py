@@ -549,6 +549,16 @@ def test_new_weights_never_read_old_kv(engine: MiniEngine, tier: VirtualTier) ->
     assert_nothing_held(engine)
 
 
+def test_two_engines_updates_are_not_the_same_weights() -> None:
+    """Each has been updated once; what one stages from then on the other must not find."""
+    one, other = MiniEngine(), MiniEngine()
+    assert one.half.stager.namespace == other.half.stager.namespace
+    for engine in (one, other):
+        assert engine.update_weights()
+        assert engine.half.reader.namespace == engine.half.stager.namespace
+    assert one.half.stager.namespace != other.half.stager.namespace
+
+
 def test_a_reset_gives_up_what_is_being_staged(engine: MiniEngine, tier: VirtualTier) -> None:
     """Its blocks are anybody's now: what the copy reads is not to be believed."""
     engine.workers.delay = 4
