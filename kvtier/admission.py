@@ -6,8 +6,8 @@ vLLM asks its connector once per waiting request and step whether the request ma
 Order. Requests that have waited for longer than the *patience* come first, the longest waiting
 ahead; then the others by the arrival of their program. So older programs finish first, which makes
 the mean job completion time short, and yet nobody waits long for one token. The patience is the
-time that computing the contexts of all busy programs anew would take, at most ``aging_s``: about
-one round of an engine that keeps nothing. Aging by time alone would not do: where all wait for
+time that serving the other busy programs a turn each would take if their contexts had to be computed
+anew, at most ``aging_s``: the wait in an engine that keeps nothing. Aging by time alone would not do: where all wait for
 longer than that, the order becomes first come, first served, the worst for completion times.
 
 Working set. A program that is new is admitted only while the contexts of the busy programs, its own
