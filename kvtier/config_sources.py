@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,24 +108,38 @@ def _environment_layer(variables: Mapping[str, str]) -> Layer:
     return Layer("environment", ENV_PREFIX, values)
 
 
+def _yaml(text: str) -> Any:
+    # An empty document is None: an empty file sets nothing.
+    return yaml.safe_load(text) or {}
+
+
+_PARSERS: Mapping[str, Callable[[str], Any]] = {
+    ".toml": tomllib.loads,
+    ".yaml": _yaml,
+    ".yml": _yaml,
+    ".json": json.loads,
+}
+
+
 def _file_layer(variables: Mapping[str, str]) -> Layer:
     name = variables.get(CONFIG_FILE_VARIABLE)
     if not name:
         return Layer("file", "", {})
     path = Path(name)
     where = f"{CONFIG_FILE_VARIABLE}={name}"
+    parse = _PARSERS.get(path.suffix.lower())
+    if parse is None:
+        msg = f"{where}: unknown file type; accepted is {_SUFFIXES}"
+        raise ConfigError(msg)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         msg = f"{where}: {error}; accepted is the path of a readable {_SUFFIXES} file"
         raise ConfigError(msg) from error
     try:
-        content = _parse(text, path.suffix.lower())
+        content = parse(text)
     except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
         msg = f"{where}: not valid {path.suffix.lstrip('.').upper()}: {error}"
-        raise ConfigError(msg) from error
-    except NotImplementedError as error:
-        msg = f"{where}: unknown file type; accepted is {_SUFFIXES}"
         raise ConfigError(msg) from error
     # A file may hold the settings of several programs; kvtier's are then under its name.
     if isinstance(content, dict) and set(content) == {"kvtier"}:
@@ -134,19 +148,6 @@ def _file_layer(variables: Mapping[str, str]) -> Layer:
         msg = f"{where}: holds {type(content).__name__}; accepted is a table of settings"
         raise ConfigError(msg)
     return Layer(f"file {name}", "", {str(key): value for key, value in content.items()})
-
-
-def _parse(text: str, suffix: str) -> Any:
-    match suffix:
-        case ".toml":
-            return tomllib.loads(text)
-        case ".yaml" | ".yml":
-            # An empty document is None: an empty file sets nothing.
-            return yaml.safe_load(text) or {}
-        case ".json":
-            return json.loads(text)
-        case _:
-            raise NotImplementedError(suffix)
 
 
 def _unknown_keys(layer: Layer, known: Collection[str]) -> list[str]:

@@ -3,7 +3,7 @@
 Every process gets a group of its own and an environment variable that names the run. The
 group is stopped at the end of an arm; whatever else carries the run's name by then (a
 server that detached itself) is stopped too. If the demo itself is killed,
-:mod:`kvtier.demo.child` stops the groups.
+:mod:`kvtier.serving.child_process` stops the groups.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import httpx
 import psutil
 
 from kvtier.server.launch import LOOPBACK
+from kvtier.serving.child_process import tied_to_parent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,7 +70,7 @@ class Server:
         path = os.pathsep.join(filter(None, (scripts, env.get("PATH", os.defpath))))
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "kvtier.demo.child", str(os.getpid()), *command],
+                tied_to_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -11,12 +11,15 @@ import ctypes
 import os
 import signal
 import sys
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
-def tied_to_parent(argv: list[str]) -> list[str]:
+def tied_to_parent(argv: Sequence[str]) -> list[str]:
     """Return the command that runs `argv` as a child that dies with the calling process."""
     return [sys.executable, "-m", "kvtier.serving.child_process", str(os.getpid()), *argv]
 

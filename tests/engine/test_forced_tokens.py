@@ -74,6 +74,10 @@ def test_malformed_ids_are_refused(ids: object) -> None:
         ForcedTokens.validate_params(params(ids))
 
 
-def test_requests_without_ids_are_accepted() -> None:
-    ForcedTokens.validate_params(params(None))
-    ForcedTokens.validate_params(params([]))
+@pytest.mark.parametrize("ids", [None, []])
+def test_requests_without_ids_choose_for_themselves(ids: list[int] | None) -> None:
+    ForcedTokens.validate_params(params(ids))
+    processor = ForcedTokens(None, torch.device("cpu"), False)
+    free = chosen(processor, 1)
+    processor.update_state(batch(1, added=[(0, params(ids), [1], [])]))
+    assert chosen(processor, 1) == free
