@@ -248,11 +248,16 @@ class AdmissionController(Generic[Key]):
         """Stop counting a program that is over or forgotten."""
         self._working_set.end(program)
 
-    def begin_step(self, view: AdmissionView) -> None:
-        """Take the state of the engine; what is asked from here on belongs to one step."""
+    def begin_step(self, view: AdmissionView, *, same_scan: bool = False) -> None:
+        """Take the state of the engine; what is asked from here on belongs to one step.
+
+        Args:
+            view: The state.
+            same_scan: Not everybody who waits will be asked: this is no new pass over the queue.
+        """
         self._now_s = max(self._now_s, view.now_s)
         self._view = view
-        self._scan_open = False
+        self._scan_open &= same_scan
         self._running_since_view = 0
         self.patience_s = self._patience_s()
         self._working_set.expire(view.now_s)

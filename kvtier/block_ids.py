@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-BlockIds: TypeAlias = NDArray[np.int32]
+BlockIds: TypeAlias = NDArray[np.int64]
 """Block ids in token order, shape (blocks,)."""
 
 
@@ -24,7 +24,7 @@ def as_block_ids(block_ids: Sequence[int] | BlockIds) -> BlockIds:
     if isinstance(block_ids, np.ndarray):
         return block_ids
     # Three times as fast as numpy's own conversion of a list.
-    return np.frombuffer(array("i", block_ids), dtype=np.int32)
+    return np.frombuffer(array("q", block_ids), dtype=np.int64)
 
 
 def common_prefix(left: BlockIds, right: BlockIds) -> int:
@@ -50,17 +50,23 @@ class BlockCounts:
 
     def listed(self, block_ids: BlockIds) -> NDArray[np.bool_]:
         """For each of these blocks, whether it is listed."""
-        self._reach(block_ids)
-        return self._counts[block_ids] > 0
+        return self.of(block_ids) > 0
+
+    def n_listed(self, block_ids: BlockIds) -> int:
+        """How many of these blocks are listed."""
+        return int(np.count_nonzero(self.of(block_ids))) if self.n_distinct else 0
 
     def of(self, block_ids: BlockIds) -> NDArray[np.int32]:
         """For each of these blocks, how often it is listed."""
-        self._reach(block_ids)
-        return self._counts[block_ids]
+        try:
+            return self._counts[block_ids]
+        except IndexError:
+            self._grow(int(block_ids.max()) + 1)
+            return self._counts[block_ids]
 
     def all_listed(self) -> BlockIds:
         """The listed blocks, ascending."""
-        return np.flatnonzero(self._counts).astype(np.int32)
+        return np.flatnonzero(self._counts).astype(np.int64)
 
     def copy(self) -> NDArray[np.int32]:
         """The counts by block id, to try something out."""
@@ -68,22 +74,22 @@ class BlockCounts:
 
     def add(self, block_ids: BlockIds) -> BlockIds:
         """Count a list; returns the blocks that were not listed before."""
-        fresh: BlockIds = block_ids[~self.listed(block_ids)]
-        self._counts[block_ids] += 1
+        counts = self.of(block_ids)
+        fresh: BlockIds = block_ids[counts == 0] if counts.any() else block_ids
+        self._counts[block_ids] = counts + 1
         self.n_distinct += len(fresh)
         return fresh
 
     def remove(self, block_ids: BlockIds) -> BlockIds:
         """Take a list out again; returns the blocks that are listed no more."""
-        self._counts[block_ids] -= 1
-        gone: BlockIds = block_ids[self._counts[block_ids] == 0]
+        counts = self._counts[block_ids] - 1
+        self._counts[block_ids] = counts
+        gone: BlockIds = block_ids[counts == 0] if counts.any() else block_ids
         self.n_distinct -= len(gone)
         return gone
 
-    def _reach(self, block_ids: BlockIds) -> None:
-        """Grow the counts up to the highest id: the size of the pool need not be known."""
-        top = int(block_ids.max()) + 1 if len(block_ids) else 0
-        if top > len(self._counts):
-            grown = np.zeros(max(top, 2 * len(self._counts)), dtype=np.int32)
-            grown[: len(self._counts)] = self._counts
-            self._counts = grown
+    def _grow(self, n_blocks: int) -> None:
+        """Count more blocks: the size of the pool need not be known."""
+        grown = np.zeros(max(n_blocks, 2 * len(self._counts)), dtype=np.int32)
+        grown[: len(self._counts)] = self._counts
+        self._counts = grown

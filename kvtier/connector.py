@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvtier.config import Settings
+from kvtier.logs import join_vllms_log
 from kvtier.metadata import KVTierMetadata, KVTierWorkerMetadata
 from kvtier.metrics import KVTierPromMetrics, KVTierStats
 from kvtier.orders import StepOrders, failing_load
@@ -63,17 +64,6 @@ def _guarded(default: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return decorate
 
 
-def _join_vllms_log() -> None:
-    """Say things where vLLM does, unless the program has set up its own logging."""
-    ours, vllms = logging.getLogger("kvtier"), logging.getLogger("vllm")
-    if ours.handlers or logging.getLogger().handlers:
-        return
-    for handler in vllms.handlers:
-        ours.addHandler(handler)
-    # kvtier's warnings are few, and tell why KV is lost: they come through whatever vLLM's level is.
-    ours.setLevel(min(vllms.level, logging.WARNING))
-
-
 class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
     """See the module's docstring.
 
@@ -92,11 +82,12 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         # Read by vLLM after this constructor: a failed load must become a recompute, not a failed request.
         transfer.kv_load_failure_policy = "recompute"
         super().__init__(vllm_config, role, kv_cache_config)
-        _join_vllms_log()
+        join_vllms_log()
         self.settings = Settings.load(transfer.kv_connector_extra_config)
         self.scheduler_half: SchedulerHalf | None = None
         self.worker_half: WorkerHalf | None = None
         self._lease: Any = None
+        self._is_alone = transfer.kv_connector != "MultiConnector"
         self._step_id = 0
         # Orders that must still reach the workers when the scheduler half has gone.
         self._last_loads: list[Order] = []
@@ -149,12 +140,14 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
 
     @_guarded(None)
     def _bind(self, manager: Any) -> None:
-        from kvtier.turns.block_pool import VllmBlockPool, wrap_allocation  # noqa: PLC0415
+        from kvtier.turns import block_pool  # noqa: PLC0415 - not in the API process
 
         half = self.scheduler_half
         assert half is not None
-        half.bind(VllmBlockPool(manager.block_pool))
-        wrap_allocation(manager, self._make_room, self._before_reset)
+        # Beside another connector, which may still read a finished request's blocks, they stay its.
+        own = block_pool.request_blocks(manager) if self._is_alone else None
+        half.bind(block_pool.VllmBlockPool(manager.block_pool, own))
+        block_pool.wrap_allocation(manager, self._make_room, self._before_reset)
 
     def _make_room(
         self, request: Any, retry: Callable[[], Any], need_blocks: Callable[[], int]
@@ -213,11 +206,19 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         assert self.scheduler_half is not None
         self.scheduler_half.on_new_request(request)
 
-    @_guarded((0, False))
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """See `SchedulerHalf.match`. Loads are always asynchronous."""
+        half = self.scheduler_half
+        # Most questions are about requests that were deferred in the step before.
+        if half is not None and half.deferrals.stands(request.request_id):
+            return None, False
+        matched: tuple[int | None, bool] = self._match(request, num_computed_tokens)
+        return matched
+
+    @_guarded((0, False))
+    def _match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self.scheduler_half is not None
         self._local_tokens = num_computed_tokens
         n_tokens = self.scheduler_half.match(request, num_computed_tokens)
@@ -368,7 +369,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         data = self._stats_off
         self._stats_off = {}
         if self.scheduler_half is not None:
-            data = self.scheduler_half.stats.take()
+            data = self.scheduler_half.take_stats()
         return KVTierStats(data) if data else None
 
     @classmethod

@@ -36,13 +36,16 @@ if TYPE_CHECKING:
 class BlockReferences(Protocol):
     """The block pool, as pins see it."""
 
+    def take_over(self, request_id: str, block_ids: BlockIds) -> bool:
+        """Make a finished request's references on its leading blocks ours; False: not possible."""
+
     def acquire(self, block_ids: BlockIds) -> None:
         """Take a reference on each block."""
 
     def release(self, block_ids: BlockIds) -> None:
         """Drop a reference on each block, the last to be evicted first."""
 
-    def references(self, block_ids: BlockIds) -> NDArray[np.int32]:
+    def references(self, block_ids: BlockIds) -> NDArray[np.int64]:
         """For each block, all references on it: running requests', and ours."""
 
 
@@ -138,7 +141,7 @@ class PinTable:
     def new_blocks(self, block_ids: Sequence[int] | BlockIds) -> int:
         """How many of these blocks no pin keeps yet: what a pin would add to the budget's use."""
         ids = as_block_ids(block_ids)
-        return len(ids) - int(np.count_nonzero(self._pinned.listed(ids)))
+        return len(ids) - self._pinned.n_listed(ids)
 
     def pin(
         self,
@@ -149,8 +152,18 @@ class PinTable:
         now_s: float,
         ttl_s: float,
         data: object = None,
+        owner: str | None = None,
     ) -> bool:
         """Take references for a turn. False, and nothing taken, when the budget does not allow it.
+
+        Args:
+            key: Names the pin.
+            program: Whose it is.
+            block_ids: The blocks, in token order.
+            now_s: Monotonic time.
+            ttl_s: For how long.
+            data: The owner's.
+            owner: A request that is about to give these blocks back: its references become the pin's.
 
         Raises:
             ValueError: `key` is pinned already, or `ttl_s` is not positive.
@@ -162,16 +175,24 @@ class PinTable:
             message = f"ttl_s must be positive, got {ttl_s}"
             raise ValueError(message)
         ids = as_block_ids(block_ids)
-        if not len(ids) or self.pinned_blocks + self.new_blocks(ids) > self.budget_blocks:
+        if not len(ids):
             return False
-        self.repin(Pin(key, program, ids, now_s, now_s + ttl_s, data))
+        fresh = self._pinned.add(ids)
+        if self.pinned_blocks > self.budget_blocks:
+            self._pinned.remove(ids)
+            return False
+        if owner is None or not self.pool.take_over(owner, ids):
+            self.pool.acquire(ids)
+        self._take_in(Pin(key, program, ids, now_s, now_s + ttl_s, data), fresh)
         return True
 
     def repin(self, pin: Pin) -> None:
-        """Take a pin in; also one that was ended in this same scheduling call, to undo that."""
+        """Undo the end of a pin, in the same scheduling call."""
         self.pool.acquire(pin.block_ids)
-        fresh = self._pinned.add(pin.block_ids)
-        self._loose_blocks += len(fresh) - int(np.count_nonzero(self._held.listed(fresh)))
+        self._take_in(pin, self._pinned.add(pin.block_ids))
+
+    def _take_in(self, pin: Pin, fresh: BlockIds) -> None:
+        self._loose_blocks += len(fresh) - self._held.n_listed(fresh)
         self._pins[pin.key] = pin
         self._by_program.setdefault(pin.program, {})[pin.key] = None
         self._next_deadline_s = min(self._next_deadline_s, pin.deadline_s)
@@ -186,7 +207,7 @@ class PinTable:
         if not keys:
             del self._by_program[pin.program]
         gone = self._pinned.remove(pin.block_ids)
-        self._loose_blocks -= len(gone) - int(np.count_nonzero(self._held.listed(gone)))
+        self._loose_blocks -= len(gone) - self._held.n_listed(gone)
         heir = self._shares.pop(key, None)
         n_inherited = len(self._holds[heir]) if heir is not None else 0
         if n_inherited < len(pin.block_ids):
@@ -238,9 +259,13 @@ class PinTable:
             No pins where there is room already; None where ending all of them is not enough.
         """
         ids = as_block_ids(block_ids)
+        if self.pinned_blocks + len(ids) <= self.budget_blocks:
+            return []
         excess = self.pinned_blocks + self.new_blocks(ids) - self.budget_blocks
         if excess <= 0:
             return []
+        if not self._pins:
+            return None
         chosen: list[Pin] = []
         left = self._pinned.copy()
         # Blocks that would be pinned anew stay, as do those that other pins share.
@@ -279,7 +304,7 @@ class PinTable:
             self._shares[pin.key] = key
         else:
             self.pool.acquire(ids)
-        self._loose_blocks -= int(np.count_nonzero(self._pinned.listed(self._held.add(ids))))
+        self._loose_blocks -= self._pinned.n_listed(self._held.add(ids))
         self._holds[key] = ids
 
     def unhold(self, key: str) -> None:
@@ -287,7 +312,7 @@ class PinTable:
         ids = self._holds.pop(key, None)
         if ids is None:
             return
-        self._loose_blocks += int(np.count_nonzero(self._pinned.listed(self._held.remove(ids))))
+        self._loose_blocks += self._pinned.n_listed(self._held.remove(ids))
         sharing = next((pin for pin, hold in self._shares.items() if hold == key), None)
         if sharing is not None:
             del self._shares[sharing]

@@ -26,6 +26,7 @@ from kvtier.costs.estimators import (
     PrefillEstimator,
     PrefillModel,
     QueueEstimator,
+    Thinning,
 )
 from kvtier.ttl_controller import TtlController
 
@@ -127,6 +128,9 @@ class Policy:
         self.generation = GenerationEstimator()
         self._interference = CPU_INTERFERENCE if facts.on_cpu else 0.0
         self._run_bytes = max(1, facts.block_bytes // max(1, facts.n_layers))
+        # Steps are many and alike.
+        self._decode_steps = Thinning(every=16)
+        self._prefill_steps = Thinning(every=4)
         self._running_requests = 0
         self._returns_without_load = 0
         self.profile_path = ""
@@ -157,12 +161,15 @@ class Policy:
         self._running_requests = step.running_requests
         if step.scheduled_tokens <= 0 or seconds <= 0:
             return
+        if step.scheduled_tokens == step.running_requests:
+            if self._decode_steps.takes():
+                self.queue.observe_step(step.scheduled_tokens, seconds)
+                self.generation.observe_step(step.scheduled_tokens, seconds)
+            return
         self.queue.observe_step(step.scheduled_tokens, seconds)
-        if step.prefill is not None:
+        if step.prefill is not None and self._prefill_steps.takes():
             self.prefill.observe(*step.prefill, seconds)
             self.prefill_samples.append((*step.prefill, seconds))
-        if step.scheduled_tokens == step.running_requests:
-            self.generation.observe_step(step.scheduled_tokens, seconds)
 
     def observe_output(self, tokens: int) -> None:
         """A turn has ended with an output of so many tokens."""

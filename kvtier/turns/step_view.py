@@ -19,10 +19,12 @@ def step_facts(output: Any) -> StepFacts:
         running_requests=len(scheduled),
         preempted_requests=len(output.preempted_req_ids or ()),
     )
-    if not scheduled:
+    if total == len(scheduled):
+        # Nothing, or one token of each: most steps, with many requests.
         return facts
-    request_id, n_tokens = max(scheduled.items(), key=lambda item: item[1])
-    if n_tokens > 1 and n_tokens >= PREFILL_SHARE * total:
+    n_tokens = max(scheduled.values())
+    if n_tokens >= PREFILL_SHARE * total:
+        request_id = next(known for known, n in scheduled.items() if n == n_tokens)
         cached = _computed_before(output, request_id)
         if cached is not None:
             facts.prefill = (cached, n_tokens)

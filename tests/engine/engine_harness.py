@@ -339,9 +339,9 @@ class Engine:
         deadline_s = time.monotonic() + WAIT_S
         while str(self.half.tier.state) != state:
             assert time.monotonic() < deadline_s, f"tier is {self.half.tier.state}, not {state}"
-            self.half._housekeep(time.monotonic())
+            self.half.housekeeping.run(time.monotonic())
             time.sleep(0.05)
-        self.half._housekeep(time.monotonic())
+        self.half.housekeeping.run(time.monotonic())
 
     @contextmanager
     def copies(self, direction: str, behaviour: Callable[[], None]) -> Iterator[None]:

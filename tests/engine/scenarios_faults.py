@@ -49,7 +49,7 @@ def _await_new_server(engine: Engine, old_generation: str) -> None:
     while _generation(engine) == old_generation or str(engine.half.tier.state) != "ready":
         assert time.monotonic() < deadline_s, engine.half.tier.state
         engine.step()
-        engine.half._housekeep(time.monotonic())
+        engine.half.housekeeping.run(time.monotonic())
         time.sleep(0.01)
 
 
@@ -276,7 +276,7 @@ def step_longer_than_the_timeout(engine: Engine) -> None:
         time.sleep(1.5 * TIMEOUT_S)
         on_worker(report)
         # As the next step does, before the server can have answered.
-        half._housekeep(time.monotonic())
+        half.housekeeping.run(time.monotonic())
 
     half.on_worker = slowly
     try:
@@ -296,5 +296,5 @@ def gone_while_idle(engine: Engine) -> None:
     deadline_s = time.monotonic() + WAIT_S
     while str(engine.half.tier.state) == "ready":
         assert time.monotonic() < deadline_s
-        engine.half._housekeep(time.monotonic())
+        engine.half.housekeeping.run(time.monotonic())
     _await_new_server(engine, old)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from kvtier.admission import (
 )
 from kvtier.identity.program_arrivals import ProgramArrivals, rank_s
 from kvtier.working_set import WorkingSet
+from tests.unit.waiting_loop import Loop, random_config, run_randomly
 
 FCFS = AdmissionConfig(mode="program_fcfs")
 VIEW = AdmissionView(now_s=100.0, free_blocks=100, total_blocks=100, running_requests=1)
@@ -375,107 +376,12 @@ def test_arrivals_are_remembered_for_the_last_active_programs() -> None:
     assert len(arrivals) == 2
 
 
-@dataclass
-class Request:
-    """A request of the simulated engine."""
-
-    request_id: str
-    program: int
-    blocks: int
-    steps_left: int
-    askable_from_s: float
-
-
-@dataclass
-class Loop:
-    """vLLM's waiting loop in small: FCFS queue, skip on deferral, stop at a failed allocation."""
-
-    admission: AdmissionController[int]
-    total_blocks: int
-    max_running: int
-    now_s: float = 0.0
-    queue: list[Request] = field(default_factory=list)
-    running: list[Request] = field(default_factory=list)
-
-    def step(self) -> None:
-        free = self.total_blocks - sum(request.blocks for request in self.running)
-        self.admission.begin_step(
-            AdmissionView(self.now_s, free, self.total_blocks, len(self.running))
-        )
-        asked, admitted = 0, 0
-        idle = not self.running
-        for request in list(self.queue):
-            if len(self.running) == self.max_running:
-                break
-            if request.askable_from_s > self.now_s:
-                continue
-            asked += 1
-            if not self.admission.decide(request.request_id, request.blocks, self.now_s).admit:
-                continue
-            admitted += 1
-            if request.blocks > free:
-                break
-            free -= request.blocks
-            self.queue.remove(request)
-            self.running.append(request)
-            self.admission.on_started(request.request_id)
-        assert not (idle and asked and not admitted), "requests wait, nothing runs, all deferred"
-        for request in list(self.running):
-            request.steps_left -= 1
-            if request.steps_left == 0:
-                self.running.remove(request)
-                self.admission.on_finished(request.request_id)
-        self.now_s += 0.5
-
-
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from(["program_fcfs", "working_set"]))
-def test_every_request_is_admitted_in_time_and_no_step_is_wasted(seed: int, mode: str) -> None:
+def test_every_request_is_admitted_in_time_and_no_step_is_wasted(seed: int, mode: Any) -> None:
     rng = random.Random(seed)
-    config = AdmissionConfig(
-        mode=mode,  # type: ignore[arg-type]
-        aging_s=rng.choice([0.0, 5.0, 30.0]),
-        max_defer_s=rng.choice([2.0, 10.0, 40.0]),
-        blocked_after_s=rng.choice([0.0, 3.0]),
-        stale_scans=rng.choice([1, 4]),
-        long_pause_s=rng.choice([0.0, 5.0]),
-    )
-    loop = Loop(AdmissionController(config), total_blocks=100, max_running=rng.choice([1, 4, 16]))
-    programs: dict[int, float] = {}
-    for i in range(150):
-        for _ in range(rng.choice([0, 0, 1, 3])):
-            program = rng.randrange(30)
-            new = program not in programs
-            request = Request(
-                f"r{i}-{rng.random()}",
-                program,
-                blocks=rng.choice([1, 5, 20, 60, 100]),
-                steps_left=rng.randint(1, 6),
-                askable_from_s=loop.now_s + rng.choice([0.0, 0.0, 0.0, 5.0, 60.0]),
-            )
-            loop.queue.append(request)
-            loop.admission.on_arrival(
-                request.request_id,
-                program,
-                program_arrival_s=programs.setdefault(program, loop.now_s),
-                returning=not new,
-                context_blocks=request.blocks,
-                now_s=loop.now_s,
-            )
-        if loop.queue and rng.random() < 0.05:
-            loop.admission.on_finished(loop.queue.pop(rng.randrange(len(loop.queue))).request_id)
-        if rng.random() < 0.05:
-            loop.admission.on_kv_pinned(rng.randrange(30))
-        loop.step()
-    for _ in range(5000):
-        if not loop.queue and not loop.running:
-            break
-        loop.step()
-    assert not loop.queue, "a request starved"
-    assert loop.admission.waiting == 0
-    for program in programs:
-        loop.admission.on_program_ended(program)
-    assert loop.admission.working_set_blocks == 0
+    loop = Loop(AdmissionController(random_config(rng, mode)), rng.choice([1, 4, 16]))
+    run_randomly(loop, rng)
 
 
 @settings(max_examples=60, deadline=None)

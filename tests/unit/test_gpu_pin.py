@@ -28,6 +28,14 @@ class CountingPool:
     def __init__(self) -> None:
         self.counts: Counter[int] = Counter()
         self.released: list[tuple[int, ...]] = []
+        self.own: dict[str, list[int]] = {}
+
+    def take_over(self, request_id: str, block_ids: Sequence[int]) -> bool:
+        own, wanted = self.own.get(request_id, []), list(map(int, block_ids))
+        if own[: len(wanted)] != wanted:
+            return False
+        self.own[request_id] = own[len(wanted) :]
+        return True
 
     def acquire(self, block_ids: Sequence[int]) -> None:
         self.counts.update(map(int, block_ids))
@@ -39,7 +47,7 @@ class CountingPool:
             self.counts[int(block)] -= 1
 
     def references(self, block_ids: Sequence[int]) -> Any:
-        return np.array([self.counts[int(b)] for b in block_ids], dtype=np.int32)
+        return np.array([self.counts[int(b)] for b in block_ids], dtype=np.int64)
 
 
 @pytest.fixture
@@ -54,6 +62,13 @@ def pins(pool: CountingPool) -> PinTable:
 
 def pin(pins: PinTable, key: str, blocks: Sequence[int], *, program: str = "p") -> bool:
     return pins.pin(key, program, blocks, now_s=0.0, ttl_s=10.0)
+
+
+def test_nothing_makes_room_for_more_than_the_budget(pins: PinTable) -> None:
+    too_many = list(range(BUDGET + 1))
+    assert pins.to_end_for(too_many, pins.pins) is None
+    assert pin(pins, "a", [0])
+    assert pins.to_end_for(too_many, pins.pins) is None
 
 
 def test_shared_blocks_count_once_towards_the_budget(pins: PinTable, pool: CountingPool) -> None:
@@ -196,6 +211,23 @@ class PinMachine(RuleBasedStateMachine):
         assert self.pins.pin(key, program, blocks, now_s=self.now_s, ttl_s=ttl_s) is fits
         if fits:
             (self.pinned[key],) = (pin for pin in self.pins.pins() if pin.key == key)
+
+    @rule(blocks=blocks, n_kept=st.integers(1, 6), data=st.data())
+    def pin_what_a_request_gives_back(
+        self, blocks: list[int], n_kept: int, data: st.DataObject
+    ) -> None:
+        self.next_key += 1
+        key = str(self.next_key)
+        kept = blocks[:n_kept]
+        self.pool.acquire(blocks)
+        self.pool.own[key] = blocks
+        owner = data.draw(st.sampled_from([key, "another", None]))
+        before = self.pool.counts.copy()
+        done = self.pins.pin(key, "p", kept, now_s=self.now_s, ttl_s=9.0, owner=owner)
+        if done:
+            (self.pinned[key],) = (pin for pin in self.pins.pins() if pin.key == key)
+            assert (self.pool.counts == before) is (owner == key)
+        self.pool.release(self.pool.own.pop(key))
 
     @precondition(lambda self: self.pinned)
     @rule(data=st.data())

@@ -299,7 +299,7 @@ def test_turned_off_while_a_lookup_is_answered(tmp_path: Path) -> None:
     assert tier.leaks()
     switch.write_text("off")
     engine.now_s += 2.0
-    engine.half._housekeep(engine.now_s)
+    engine.half.housekeeping.run(engine.now_s)
     engine.run()
     assert tier.leaks() == {}
     assert total(engine, "prompt_tokens|cpu") == 0

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 import kvtier
-from kvtier.stats import MAX_SAMPLES, METRICS, SEPARATOR, Stats
+from kvtier.stats import MAX_SAMPLES, METRICS, SEPARATOR, TAKE_INTERVAL_S, Stats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PACKAGE = Path(kvtier.__file__).parent
-KIND_OF = {"count": "counter", "gauge": "gauge", "sample": "histogram"}
+KIND_OF = {"count": "counter", "count_quietly": "counter", "gauge": "gauge", "sample": "histogram"}
 
 
 def test_take_gives_what_came_since() -> None:
@@ -35,6 +35,25 @@ def test_take_gives_what_came_since() -> None:
     stats.count("failures", 1, "a")
     assert stats.take() == {"counters": {"failures|a": 1}, "gauges": {"programs": 3}, "samples": {}}
     assert stats.totals == {"failures|a": 4, "staged_bytes": 10}
+
+
+def test_a_busy_engine_takes_a_few_times_a_second_and_an_idle_one_at_once() -> None:
+    stats = Stats()
+    stats.count("staged_bytes", 1)
+    assert stats.take(10.0)
+    stats.count("staged_bytes", 1)
+    assert stats.take(10.0 + 0.9 * TAKE_INTERVAL_S) == {}
+    assert stats.take(10.0 + TAKE_INTERVAL_S)["counters"] == {"staged_bytes": 1}
+    stats.count("staged_bytes", 1)
+    assert stats.take()["counters"] == {"staged_bytes": 1}
+
+
+def test_what_is_counted_quietly_comes_with_the_next_that_is_not() -> None:
+    stats = Stats()
+    stats.count_quietly("failures", 2, "a")
+    assert stats.take() == {}
+    stats.count("staged_bytes", 10)
+    assert stats.take()["counters"] == {"failures|a": 2, "staged_bytes": 10}
 
 
 def test_what_was_taken_does_not_change_later() -> None:

@@ -70,7 +70,7 @@ def pin(
     *, pinned_s: float = 0.0, ttl_s: float = 2.0, n_blocks: int = 10, tool: str = "bash"
 ) -> Pin:
     data = PinnedTurn(tool, 100, 5, 1.0, 50, miss_unstaged_s=1.0, miss_staged_s=0.1)
-    return Pin("r", "p", np.arange(n_blocks, dtype=np.int32), pinned_s, pinned_s + ttl_s, data)
+    return Pin("r", "p", np.arange(n_blocks, dtype=np.int64), pinned_s, pinned_s + ttl_s, data)
 
 
 class TestRegret:

@@ -1,0 +1,97 @@
+"""Whom admission has deferred, so that being asked again in every step costs next to nothing.
+
+vLLM asks its connector about every waiting request in every step. A deferral stands until something has
+changed that could end it: a request has started, nothing runs any more, the working set has shrunk, or
+`RECHECK_S` has passed, as admission's own limits are seconds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvtier.admission import AdmissionController, AdmissionView
+    from kvtier.stats import Stats
+
+RECHECK_S: Final = 0.5
+
+_LASTING: Final = frozenset({"older_waiting", "working_set_full"})
+"""The reasons that do not depend on what is free right now."""
+
+
+class Deferrals:
+    """Asks admission where it must.
+
+    Args:
+        admission: Who decides.
+        read_view: Returns the engine's state at a time.
+        stats: Counts deferrals.
+    """
+
+    def __init__(
+        self,
+        admission: AdmissionController[str],
+        read_view: Callable[[float], AdmissionView],
+        stats: Stats,
+    ) -> None:
+        self._admission = admission
+        self._read_view = read_view
+        self._stats = stats
+        self._reasons: dict[str, str] = {}
+        self._repeated: dict[str, int] = dict.fromkeys(_LASTING, 0)
+        self._recheck_s = float("-inf")
+        self._working_set_blocks = 0
+        self._running = 0
+        self._view_is_old = True
+
+    def stands(self, request_id: str) -> bool:
+        """Whether a request was deferred before and nothing has changed."""
+        reason = self._reasons.get(request_id)
+        if reason is None:
+            return False
+        self._repeated[reason] += 1
+        return True
+
+    def decide(self, request_id: str, needed_blocks: int, now_s: float) -> bool:
+        """Whether a request may start now; see `AdmissionController.decide`."""
+        if self._view_is_old:
+            self._view_is_old = False
+            # While deferrals stand, those who have them are not asked: the pass goes on.
+            self._admission.begin_step(self._read_view(now_s), same_scan=bool(self._reasons))
+            self._working_set_blocks = self._admission.working_set_blocks
+        verdict = self._admission.decide(request_id, needed_blocks, now_s)
+        if verdict.admit:
+            return True
+        if verdict.reason in _LASTING:
+            if not self._reasons:
+                self._recheck_s = now_s + RECHECK_S
+            self._reasons[request_id] = verdict.reason
+        self._stats.count("deferrals", 1, verdict.reason)
+        return False
+
+    def started(self) -> None:
+        """A request has its blocks: who waited behind it may be next."""
+        self._reasons.clear()
+
+    def finished(self, request_id: str) -> None:
+        """A request is over; with the last one that runs, every deferral ends."""
+        self._reasons.pop(request_id, None)
+        self._running -= 1
+        if self._running <= 0:
+            self._reasons.clear()
+
+    def step_ended(self, now_s: float, running_requests: int) -> None:
+        """A step was scheduled, with so many requests in it or loading."""
+        self._view_is_old = True
+        self._running = running_requests
+        if not self._reasons:
+            return
+        for reason, times in self._repeated.items():
+            if times:
+                self._stats.count_quietly("deferrals", times, reason)
+                self._repeated[reason] = 0
+        shrunk = self._admission.working_set_blocks < self._working_set_blocks
+        if shrunk or not running_requests or now_s >= self._recheck_s:
+            self._reasons.clear()

@@ -1,0 +1,57 @@
+"""What is due once a step: the tier's answers, the mode, pins and programs whose time is over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from kvtier.gpu_pin import PinTable, ReleaseCause
+from kvtier.turns.live_mode import LiveMode, Mode
+
+if TYPE_CHECKING:
+    from kvtier.programs import ProgramTable
+    from kvtier.stats import Stats
+    from kvtier.turns.answers import Answers
+    from kvtier.turns.endings import Endings
+    from kvtier.turns.staging import Stager
+
+FORGET_INTERVAL_S: Final = 1.0
+
+
+class Housekeeping:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        answers: Answers,
+        mode: LiveMode,
+        stats: Stats,
+        pins: PinTable,
+        stager: Stager,
+        programs: ProgramTable,
+        endings: Endings,
+    ) -> None:
+        self._answers = answers
+        self._mode = mode
+        self._stats = stats
+        self._pins = pins
+        self._stager = stager
+        self._programs = programs
+        self._endings = endings
+        self._seen_mode: Mode | None = None
+        self._next_forget_s = float("-inf")
+
+    def run(self, now_s: float) -> None:
+        """Do what is due."""
+        self._answers.poll(now_s)
+        mode = self._mode.refresh(now_s)
+        if mode is not self._seen_mode:
+            self._seen_mode = mode
+            self._stats.due()
+            if mode is Mode.OFF:
+                self._stager.cancel_all()
+                self._endings.note(*self._pins.release_all(ReleaseCause.OFF))
+        self._endings.note(*self._pins.expire(now_s))
+        if now_s >= self._next_forget_s:
+            self._next_forget_s = now_s + FORGET_INTERVAL_S
+            for gone in self._programs.forget(now_s):
+                self._endings.program_gone(gone)
