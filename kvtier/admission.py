@@ -10,9 +10,9 @@ time that serving the other busy programs a turn each would take if their contex
 anew, at most ``aging_s``: the wait in an engine that keeps nothing. Aging by time alone would not do: where all wait for
 longer than that, the order becomes first come, first served, the worst for completion times.
 
-Working set. A program that is new is admitted only while the contexts of the busy programs, its own
-included, fit in the KV cache. A busy program is one that runs, or pauses for a short time, or whose
-KV is still resident.
+Working set. A program that is new is admitted only while the contexts of the programs that run or wait to
+go on, its own included, fit in the KV cache; and those of the programs that pause for a short time fit
+besides, in the KV cache or the CPU tier. So nothing is begun whose KV would have to be thrown away.
 
 No deadlock. A request holds younger ones back only while the engine really asks for it and has not
 admitted it in vain for ``blocked_after_s``; nobody is deferred for longer than ``max_defer_s``; and
@@ -69,8 +69,8 @@ class AdmissionConfig:
     """
 
     mode: Mode = "working_set"
-    aging_s: float = 60.0
-    max_defer_s: float = 120.0
+    aging_s: float = 600.0
+    max_defer_s: float = 3600.0
     blocked_after_s: float = 5.0
     stale_scans: int = 8
     headroom_fraction: float = 0.05
@@ -95,6 +95,7 @@ class AdmissionView:
         total_blocks: All KV blocks.
         running_requests: Requests in the step before.
         pinned_blocks: KV blocks held by pins alone; they are released for a request in need.
+        tier_blocks: KV blocks that fit in the CPU tier; 0 without one.
         round_s: Seconds to serve all busy programs but one a turn, computing contexts anew; 0: unknown.
     """
 
@@ -103,6 +104,7 @@ class AdmissionView:
     total_blocks: int
     running_requests: int
     pinned_blocks: int = 0
+    tier_blocks: int = 0
     round_s: float = 0.0
 
 
@@ -213,6 +215,8 @@ class AdmissionController(Generic[Key]):
         if entry.is_new_program:
             self._new_blocks += context_blocks
             self._new_requests += 1
+        else:
+            self._working_set.wait(program, context_blocks)
         self._push(entry)
 
     def on_started(self, request_id: str) -> None:
@@ -223,13 +227,17 @@ class AdmissionController(Generic[Key]):
         self._leave(entry)
         self._started[request_id] = entry.program
         self._running_since_view += 1
-        self._working_set.start(entry.program, entry.context_blocks)
+        self._working_set.start(
+            entry.program, entry.context_blocks, waited=not entry.is_new_program
+        )
 
     def on_finished(self, request_id: str) -> None:
         """Drop a request that ended or was aborted; its program pauses."""
         entry = self._waiting.pop(request_id, None)
         if entry is not None:
             self._leave(entry)
+            if not entry.is_new_program:
+                self._working_set.give_up(entry.program, self._now_s)
             return
         program = self._started.pop(request_id, None)
         if program is not None:
@@ -361,9 +369,11 @@ class AdmissionController(Generic[Key]):
         return entry.asked_scan >= self._scan - self.config.stale_scans
 
     def _fits(self, entry: _Waiting[Key], needed_blocks: int = 0) -> bool:
-        room_blocks = int(self._view.total_blocks * (1.0 - self.config.headroom_fraction))
+        share = 1.0 - self.config.headroom_fraction
+        room_blocks = int(self._view.total_blocks * share)
+        all_blocks = room_blocks + int(self._view.tier_blocks * share)
         blocks = max(entry.context_blocks, needed_blocks)
-        return self._working_set.fits(entry.program, blocks, room_blocks)
+        return self._working_set.fits(entry.program, blocks, room_blocks, all_blocks)
 
     def _is_gated(self, entry: _Waiting[Key], now_s: float) -> bool:
         """Whether the working set decides about this request: a new program that is not aged."""

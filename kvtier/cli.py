@@ -188,6 +188,20 @@ def demo(context: typer.Context) -> None:
     own(args=context.args, prog_name="kvtier demo", standalone_mode=True)
 
 
+@app.command(
+    name="replay",
+    context_settings={**_PASS_THROUGH, "help_option_names": []},
+    help="Replay agents under several policies in virtual time, and compare.",
+)
+def replay(context: typer.Context) -> None:
+    """Hand over to the replay's own command."""
+    from kvtier.replay.command import replay as command  # noqa: PLC0415
+
+    own = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    own.command()(command)
+    own(args=context.args, prog_name="kvtier replay", standalone_mode=True)
+
+
 def settings_reference() -> str:
     """Return a Markdown table of all settings."""
     lines = ["| setting | accepted | default | meaning |", "|---|---|---|---|"]

@@ -150,12 +150,12 @@ class Settings(BaseSettings):
         "older programs first. working_set: also holds new programs back until they fit.",
     )
     aging_s: Seconds = Field(
-        default=120.0,
+        default=600.0,
         description="Waiting time after which a request comes before all that have waited for less, "
         "s. Sooner where serving each busy program a turn without kept KV would take less; 0: never.",
     )
     max_defer_s: Seconds = Field(
-        default=300.0, description="Longest time that a request may be held back for others, s."
+        default=3600.0, description="Longest time that a request may be held back for others, s."
     )
 
     # Programs.
@@ -201,7 +201,8 @@ class Settings(BaseSettings):
     )
     lease_s: Positive = Field(
         default=600.0,
-        description="How long the CPU tier keeps staged KV from eviction, s; renewable.",
+        description="Longest time for which the CPU tier values staged KV, s. Less where programs "
+        "are known to return sooner or not at all.",
     )
     model_revision: Annotated[str | None, _Optional] = Field(
         default=None,

@@ -43,6 +43,7 @@ decisions do not rely on a link that may not be there."""
 CPU_INTERFERENCE = 0.3
 """Where copies share cores with compute, a second of copying costs each running request this much."""
 
+VALUE_WINDOW_S = 30.0
 PROBE_EVERY = 16
 """Returns in a row for which a load seemed too slow, after which one is tried all the same: a link that
 is never used is never measured again."""
@@ -61,7 +62,7 @@ class PolicyConfig:
         fixed_ttl_s: Instead of choosing: this TTL for every pause.
         reload: `auto` by cost; the others force the choice.
         reload_first_chunks: For `first_k`: how many chunks.
-        lease_s: For how long a staged copy keeps its value in the tier.
+        lease_s: A staged copy keeps its value in the tier for at most so long.
         stage: Whether pauses are staged at all.
     """
 
@@ -202,6 +203,18 @@ class Policy:
         prefill_s = self.prefill.model().seconds(0, tokens)
         return (n_programs - 1) * (prefill_s + self.generation.turn_s())
 
+    def lease_s(self, tool: str | None) -> float:
+        """For how long KV staged after such a turn keeps its value."""
+        return self.ttl.lease_s(tool, self.config.lease_s)
+
+    def staged_value_s(self, tool: str | None, tokens: int) -> float:
+        """What staged KV is worth to the tier: seconds expected to be saved within `VALUE_WINDOW_S`.
+
+        So KV whose program returns in a moment keeps out what may be of use in an hour, or never.
+        """
+        returns = 1.0 - self.ttl.away(tool).survival(VALUE_WINDOW_S)
+        return max(0.0, self.prefill.model().seconds(0, tokens)) * returns
+
     def decide_return(
         self,
         prompt_tokens: int,
@@ -283,7 +296,7 @@ class Policy:
             ttl_bound=self.ttl.bound(pause.hint_ttl_s),
             max_ttl_s=self.config.max_ttl_s,
             pin_break_probability=self.ttl.pin_break_probability,
-            tier_retention_s=self.config.lease_s,
+            tier_retention_s=self.lease_s(pause.tool),
             store_interference=max(0.01, self._interference),
             load_interference=self._interference,
         )

@@ -391,6 +391,12 @@ class SchedulerHalf:
         self.tier.close()
         self._log.close()
 
+    def _tier_blocks(self) -> int:
+        region = self.tier.region if self.tier.state is TierState.READY else None
+        if region is None:
+            return 0
+        return region.size_bytes // (self.facts.block_bytes * self.facts.ranks)
+
     def _admission_view(self, now_s: float) -> AdmissionView:
         return AdmissionView(
             now_s=now_s,
@@ -398,5 +404,6 @@ class SchedulerHalf:
             total_blocks=self.pool.n_blocks,
             running_requests=self._running_requests + self.reader.n_loads,
             pinned_blocks=self.pins.pinned_blocks,
+            tier_blocks=self._tier_blocks(),
             round_s=self.policy.round_s(*self.admission.busy),
         )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _MODEL = ""
 """One engine serves one model; adapters share its template."""
 
+MIN_LEASE_S = 5.0
+LEASE_QUANTILE = 0.9
 PRIOR_BREAK_PROBABILITY = 0.1
 """Share of pins that pressure ends before the return, until it was counted."""
 
@@ -59,6 +61,14 @@ class TtlController:
     def away(self, tool: str | None) -> SurvivalCurve:
         """Chance that a program is still away some time after such a turn."""
         return self._gaps.curve(tool)
+
+    def lease_s(self, tool: str | None, limit_s: float) -> float:
+        """For how long the tier is to value KV staged after such a turn, seconds.
+
+        Twice the time in which nine of ten programs return. Whoever stays away for longer has ended in
+        most cases, without a word, and must not keep others' KV out of the tier.
+        """
+        return min(limit_s, max(MIN_LEASE_S, 2.0 * self.away(tool).quantile(LEASE_QUANTILE)))
 
     @property
     def output_reuse(self) -> float:

@@ -1,4 +1,4 @@
-"""How many KV blocks the busy programs are expected to take."""
+"""How many KV blocks the programs at work are expected to take."""
 
 from __future__ import annotations
 
@@ -14,16 +14,25 @@ Key = TypeVar("Key", bound=Hashable)
 class _Busy:
     blocks: int
     running: int = 0
+    waiting: int = 0
     pause_counts_until_s: float = 0.0
     kv_resident: bool = False
     ended: bool = False
 
+    @property
+    def is_active(self) -> bool:
+        return bool(self.running or self.waiting)
+
 
 class WorkingSet(Generic[Key]):
-    """Sum over busy programs of the blocks that their contexts are expected to take.
+    """Sums over busy programs of the blocks that their contexts are expected to take.
 
-    A program is busy while a turn of it runs, for ``long_pause_s`` seconds after that, and for as
-    long as its KV is resident. Every call is O(1), ``expire`` amortised.
+    A program is *busy* while a turn of it runs or waits, for ``long_pause_s`` seconds after that, and for as long
+    as its KV is resident. It is *active* while a turn runs or waits. Every call is O(1), ``expire`` amortised.
+
+    Attributes:
+        blocks: Of the busy programs.
+        active_blocks: Of the active ones.
     """
 
     def __init__(self, long_pause_s: float) -> None:
@@ -32,25 +41,45 @@ class WorkingSet(Generic[Key]):
         # All pauses count for the same time, so they run out in the order in which they began.
         self._pauses: deque[tuple[float, Key]] = deque()
         self.blocks = 0
+        self.active_blocks = 0
 
     def __len__(self) -> int:
         """Return the number of busy programs."""
         return len(self._programs)
 
-    def fits(self, program: Key, blocks: int, room_blocks: int) -> bool:
-        """Whether the busy programs fit in ``room_blocks`` with ``program`` taking ``blocks``."""
-        busy = self._programs.get(program)
-        others = self.blocks - (busy.blocks if busy is not None else 0)
-        return others + blocks <= room_blocks
+    def fits(self, program: Key, blocks: int, active_room: int, busy_room: int) -> bool:
+        """Whether there is room for ``program`` taking ``blocks``.
 
-    def start(self, program: Key, expected_blocks: int) -> None:
-        """Count a turn that starts; the program's context only grows."""
-        busy = self._programs.setdefault(program, _Busy(blocks=0))
-        grown = max(0, expected_blocks - busy.blocks)
-        busy.blocks += grown
-        self.blocks += grown
+        Args:
+            program: Who would start.
+            blocks: What it would take.
+            active_room: Blocks for all active programs.
+            busy_room: Blocks for all busy programs.
+        """
+        known = self._programs.get(program)
+        own = known.blocks if known is not None else 0
+        own_active = own if known is not None and known.is_active else 0
+        return (
+            self.active_blocks - own_active + blocks <= active_room
+            and self.blocks - own + blocks <= busy_room
+        )
+
+    def wait(self, program: Key, expected_blocks: int) -> None:
+        """Count a turn of a program that has run before and waits to start."""
+        busy = self._grown(program, expected_blocks)
+        busy.waiting += 1
+
+    def give_up(self, program: Key, now_s: float) -> None:
+        """Take back a ``wait``: the turn will not start."""
+        busy = self._programs[program]
+        busy.waiting -= 1
+        self._rests(program, busy, now_s)
+
+    def start(self, program: Key, expected_blocks: int, *, waited: bool = False) -> None:
+        """Count a turn that starts, after a ``wait`` or without; the program's context only grows."""
+        busy = self._grown(program, expected_blocks)
+        busy.waiting -= waited
         busy.running += 1
-        busy.ended = False
         # What a pin held is the turn's own now.
         busy.kv_resident = False
 
@@ -58,13 +87,7 @@ class WorkingSet(Generic[Key]):
         """Count a turn that ended; KeyError if the program is not busy."""
         busy = self._programs[program]
         busy.running -= 1
-        if busy.running:
-            return
-        busy.pause_counts_until_s = now_s + self._long_pause_s
-        if busy.ended:
-            self._remove(program)
-        else:
-            self._pauses.append((busy.pause_counts_until_s, program))
+        self._rests(program, busy, now_s)
 
     def hold(self, program: Key) -> None:
         """Note that the KV of a busy program is resident; others are not counted for it."""
@@ -78,16 +101,16 @@ class WorkingSet(Generic[Key]):
         if busy is None:
             return
         busy.kv_resident = False
-        if not busy.running and now_s >= busy.pause_counts_until_s:
+        if not busy.is_active and now_s >= busy.pause_counts_until_s:
             self._remove(program)
 
     def end(self, program: Key) -> None:
-        """Remove a program that is over: now, or with its last running turn."""
+        """Remove a program that is over: now, or with its last turn."""
         busy = self._programs.get(program)
         if busy is None:
             return
         busy.ended = True
-        if not busy.running:
+        if not busy.is_active:
             self._remove(program)
 
     def expire(self, now_s: float) -> None:
@@ -95,11 +118,34 @@ class WorkingSet(Generic[Key]):
         while self._pauses and self._pauses[0][0] <= now_s:
             until_s, program = self._pauses.popleft()
             busy = self._programs.get(program)
-            if busy is None or busy.running or busy.kv_resident:
+            if busy is None or busy.is_active or busy.kv_resident:
                 continue
             # An older pause of a program that has run and paused again since does not count.
             if busy.pause_counts_until_s == until_s:
                 self._remove(program)
+
+    def _grown(self, program: Key, expected_blocks: int) -> _Busy:
+        """The program's record, active, with at least so many blocks; the caller counts its turn."""
+        busy = self._programs.setdefault(program, _Busy(blocks=0))
+        if not busy.is_active:
+            self.active_blocks += busy.blocks
+        grown = max(0, expected_blocks - busy.blocks)
+        busy.blocks += grown
+        self.blocks += grown
+        self.active_blocks += grown
+        busy.ended = False
+        return busy
+
+    def _rests(self, program: Key, busy: _Busy, now_s: float) -> None:
+        """A turn is gone: with the last one, the program's pause begins."""
+        if busy.is_active:
+            return
+        self.active_blocks -= busy.blocks
+        busy.pause_counts_until_s = now_s + self._long_pause_s
+        if busy.ended:
+            self._remove(program)
+        else:
+            self._pauses.append((busy.pause_counts_until_s, program))
 
     def _remove(self, program: Key) -> None:
         self.blocks -= self._programs.pop(program).blocks

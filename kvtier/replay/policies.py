@@ -10,6 +10,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from kvtier.replay.baselines.autellix import AutellixPolicy
+from kvtier.replay.baselines.continuum import ContinuumPolicy
+from kvtier.replay.baselines.continuum_2s import Continuum2sPolicy
+from kvtier.replay.baselines.hooks import BaselinePolicy, Surroundings
+from kvtier.replay.baselines.infercept import InferCeptPolicy
+from kvtier.replay.baselines.ordering import (
+    ProgramFcfsScheduler,
+    RankedProgramScheduler,
+    RankedScheduler,
+)
+from kvtier.replay.baselines.thunderagent import GatedScheduler, ThunderAgentPolicy
+from kvtier.replay.baselines.ttl_const import TtlConstPolicy
 from kvtier.scheduler import ProgramScheduler
 
 if TYPE_CHECKING:
@@ -53,9 +65,80 @@ _KVTIER: Final[dict[str, Any]] = {
     "uses_tier": True,
 }
 
+
+def _baseline(
+    policy_class: Callable[[Surroundings], BaselinePolicy] | None = None,
+) -> dict[str, Any]:
+    """What a baseline with a CPU tier needs; without a class it does nothing beside that."""
+
+    def prepare(sim: Any) -> None:
+        made = None if policy_class is None else policy_class(Surroundings.of(sim))
+        sim.scheduler.connector.attach(sim.machine, made)
+
+    return {
+        "connector": "BaselineConnector",
+        "connector_module": "kvtier.replay.baselines.connector",
+        "prepare": prepare,
+    }
+
+
 _SPECS: Final = (
     PolicySpec("vllm-lru", "vLLM with prefix caching: what was used longest ago goes first"),
     PolicySpec("ideal", "GPU memory for everything, first come first served", unbounded=True),
+    PolicySpec(
+        "offload-lru",
+        "a CPU tier that stores all and loads every hit, first come first served: stock LMCache",
+        **_baseline(),
+    ),
+    PolicySpec(
+        "offload-pfcfs",
+        "offload-lru, but requests are ordered by the arrival of their program",
+        scheduler_class=ProgramFcfsScheduler,
+        by_priority=True,
+        **_baseline(),
+    ),
+    PolicySpec(
+        "infercept",
+        "contexts are kept, swapped or discarded by what that wastes (arXiv 2402.01869)",
+        scheduler_class=ProgramFcfsScheduler,
+        by_priority=True,
+        **_baseline(InferCeptPolicy),
+    ),
+    PolicySpec(
+        "ttl-const",
+        "offload-pfcfs, and KV stays in GPU memory for as long as a reload takes: ski rental",
+        scheduler_class=RankedProgramScheduler,
+        by_priority=True,
+        **_baseline(TtlConstPolicy),
+    ),
+    PolicySpec(
+        "continuum",
+        "offload-pfcfs, and KV stays for the time of Continuum's Equation 2 (arXiv 2511.02230)",
+        scheduler_class=RankedProgramScheduler,
+        by_priority=True,
+        **_baseline(ContinuumPolicy),
+    ),
+    PolicySpec(
+        "continuum-2s",
+        "offload-pfcfs, and KV stays as in Continuum's public code: 2 s after quick tools",
+        scheduler_class=RankedProgramScheduler,
+        by_priority=True,
+        **_baseline(Continuum2sPolicy),
+    ),
+    PolicySpec(
+        "autellix",
+        "programs that were served least go first, preempting others (PLAS, arXiv 2502.13965)",
+        settings={"store": "computed"},
+        scheduler_class=RankedScheduler,
+        by_priority=True,
+        **_baseline(AutellixPolicy),
+    ),
+    PolicySpec(
+        "thunderagent",
+        "a proxy lets as many programs be active as fit into GPU memory (arXiv 2602.13692)",
+        scheduler_class=GatedScheduler,
+        **_baseline(ThunderAgentPolicy),
+    ),
     PolicySpec("kvtier", "this project", **_KVTIER),
 )
 

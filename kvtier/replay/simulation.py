@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvtier.replay.policies import PolicySpec
     from kvtier.replay.workload import Program
 
+MEMORY_INTERVAL_S: Final = 1.0
 IDLE_TICK_S: Final = 0.02
 """When nothing can be computed although requests wait, time goes on until the next event, or by this."""
 STALL_STEPS: Final = 200_000
@@ -65,9 +66,17 @@ class TurnRecord:
     cpu_tokens: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class MemorySample:
-    """GPU memory at one time, in blocks."""
+    """GPU memory at one time, in blocks.
+
+    Attributes:
+        at_s: When.
+        running: Blocks of requests that have been given theirs.
+        pinned: Blocks that only pins, or copies, keep.
+        cached: Blocks that nobody keeps but that still hold somebody's KV.
+        free: The rest.
+    """
 
     at_s: float
     running: int
@@ -157,6 +166,7 @@ class Simulation:
         self._chains: dict[str, Chain] = {}
         self._outputs: dict[str, list[int]] = {}
         self._records: dict[str, TurnRecord] = {}
+        self._next_sample_s = 0.0
         self._result = Replayed(spec.name, [], self.agents.arrived_s, self.agents.ended_s)
         if spec.prepare is not None:
             spec.prepare(self)
@@ -223,6 +233,8 @@ class Simulation:
         scheduled = self.scheduler.schedule()
         self._result.steps += 1
         self._result.preemptions += len(scheduled.preempted_req_ids or ())
+        if self.clock.now_s >= self._next_sample_s:
+            self._sample_memory()
         self._worker.submit(scheduled.kv_connector_metadata, self.clock.now_s)
         ids, parts, sampled = self._computed(scheduled)
         if ids:
@@ -250,6 +262,19 @@ class Simulation:
             for one in engine_outputs.outputs:
                 self._note(one)
         return bool(ids)
+
+    def _sample_memory(self) -> None:
+        manager = self.scheduler.kv_cache_manager
+        pool, tables = manager.block_pool, manager.coordinator.single_type_managers[0].req_to_blocks
+        total = pool.num_gpu_blocks - 1
+        # Blocks that requests share are counted once: a table's are as many as the pool says at most.
+        used = total - pool.get_num_free_blocks()
+        running = min(used, sum(len(blocks) for blocks in tables.values()))
+        cached = min(total - used, max(0, len(pool.cached_block_hash_to_block) - used))
+        self._result.memory.append(
+            MemorySample(self.clock.now_s, running, used - running, cached, total - used - cached)
+        )
+        self._next_sample_s = self.clock.now_s + MEMORY_INTERVAL_S
 
     def _computed(self, scheduled: Any) -> tuple[list[str], list[Scheduled], list[list[int]]]:
         """The step's requests, their parts of it, and the tokens that it samples."""

@@ -25,6 +25,10 @@ from kvtier.wire import split_keys
 
 DISPLACE_MARGIN = 1.25
 """A leased program is displaced only by one worth this much more per byte: no thrash between equals."""
+EVICTION_STEPS = 8
+IDLE_SCALE_S = 10.0
+"""Unused for so long, KV is worth half. The chance that a program returns in the next moment falls like one over
+the time that it has been away, as gaps have heavy tails; and who waits in a queue for long is last in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +70,15 @@ class L1Store(Protocol):
 @dataclass(slots=True)
 class _Program:
     keys: list[bytes] = field(default_factory=list)
-    value_s: float = 0.0
+    density: float = 0.0
     lease_until_s: float = 0.0
     used_s: float = 0.0
     slot_bytes: int = 1
     ranks: int = 1
 
-    def density(self) -> float:
-        """Value per byte, seconds/byte."""
-        return self.value_s / max(1, len(self.keys) * self.slot_bytes * self.ranks)
+    def worth(self, now_s: float) -> float:
+        """Value per byte, the less the longer nobody has used it, seconds/byte."""
+        return self.density / (1.0 + max(0.0, now_s - self.used_s) / IDLE_SCALE_S)
 
 
 @dataclass(slots=True)
@@ -192,12 +196,14 @@ class ResidencyTable:
         ]
         wanted = [ChunkId(namespace, key, rank) for key in missing for rank in range(ranks)]
         tag = f"{owner}:{reserve_id}"
-        density = value_s / max(1, len(chain) * slot_bytes * ranks)
+        density = _density(value_s, chain, slot_bytes, ranks)
         # The program's own prefix must not be evicted to make room for its tail.
         protect = (namespace, program), set(chain)
         offsets = self._store.allocate(wanted, slot_bytes, tag) if wanted else {}
+        # Room may be there in part: a little at a time, so that no more goes than must.
+        step_bytes = max(1, len(wanted) // EVICTION_STEPS) * slot_bytes
         while offsets is None:
-            if not self._evict(len(wanted) * slot_bytes, density, protect, now_s):
+            if not self._evict(step_bytes, density, protect, now_s):
                 return None
             offsets = self._store.allocate(wanted, slot_bytes, tag)
         self._reservations[owner, reserve_id] = _Reservation(
@@ -291,7 +297,9 @@ class ResidencyTable:
         for key in reversed(old[common:]):
             self._unref((res.namespace, key))
         record.keys = keys
-        record.value_s, record.lease_until_s = res.value_s, now_s + res.lease_s
+        # Of the whole chain: what is left of one after an eviction, or not there yet, is worth no more a byte.
+        record.density = _density(res.value_s, res.keys, res.slot_bytes, res.ranks)
+        record.lease_until_s = now_s + res.lease_s
         record.used_s, record.slot_bytes, record.ranks = now_s, res.slot_bytes, res.ranks
 
     def _unref(self, chunk: tuple[str, bytes]) -> None:
@@ -332,14 +340,16 @@ class ResidencyTable:
                 self.evicted_chunks += 1
         victims = sorted(
             (
-                (record.lease_until_s > now_s, record.density(), record.used_s, ref)
+                (record.worth(now_s), record.used_s, ref)
                 for ref, record in self._programs.items()
                 if ref != own
-                and (record.lease_until_s <= now_s or record.density() * DISPLACE_MARGIN < density)
+                and (
+                    record.lease_until_s <= now_s or record.worth(now_s) * DISPLACE_MARGIN < density
+                )
             ),
-            key=lambda victim: victim[:3],
+            key=lambda victim: victim[:2],
         )
-        for _, _, _, ref in victims:
+        for *_, ref in victims:
             if freed >= need_bytes:
                 break
             freed += self._evict_tail(ref, need_bytes - freed, own[0], own_keys)
@@ -362,3 +372,7 @@ class ResidencyTable:
         if not record.keys:
             del self._programs[ref]
         return freed
+
+
+def _density(value_s: float, chain: list[bytes], slot_bytes: int, ranks: int) -> float:
+    return value_s / max(1, len(chain) * slot_bytes * ranks)

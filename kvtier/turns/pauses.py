@@ -137,7 +137,7 @@ class Pauses:
                 )
             if stage and chain is not None:
                 # After the pin, whose references staging can share.
-                staging = self._stage(turn, decision, blocks, chain)
+                staging = self._stage(turn, call, decision, blocks, chain)
         if self._log.enabled:
             self._write(turn, call, decision, staged, pinned_blocks, staging=staging, since_s=now_s)
         if shadow:
@@ -221,18 +221,25 @@ class Pauses:
         limit = self.regret_s_per_block(mine, now_s) / DISPLACE_MARGIN
         return all(self.regret_s_per_block(pin, now_s) < limit for pin in displaced)
 
-    def _stage(self, turn: Turn, decision: Decision, blocks: BlockIds, chain: ChunkChain) -> bool:
+    def _stage(
+        self,
+        turn: Turn,
+        call: ToolCall,
+        decision: Decision,
+        blocks: BlockIds,
+        chain: ChunkChain,
+    ) -> bool:
         """Begin to copy; False where the tier has it all."""
         saved_s = 0.0
         if decision.terms is not None:
-            saved_s = max(0.0, self._policy.prefill.model().seconds(0, decision.stage_tokens))
+            saved_s = self._policy.staged_value_s(call.tool, decision.stage_tokens)
         return self._stager.start(
             turn.request_id,
             turn.program,
             chain.head(decision.stage_tokens // self._facts.chunk_tokens),
             blocks,
             saved_s,
-            self._policy.config.lease_s,
+            self._policy.lease_s(call.tool),
         )
 
     def _write(

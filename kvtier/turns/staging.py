@@ -48,8 +48,10 @@ TIER_FULL = "l1_full"
 """The tier's reason where it would have to drop something of more value."""
 
 STALL_S = 0.25
-"""Staging without progress for so long gives its blocks to a request that waits for them. A healthy tier
-answers within milliseconds, and a split is copied within tens of them."""
+STALL_STEPS = 4
+"""Staging without progress for so long, and in so many steps, gives its blocks to a request that waits for
+them. A healthy tier answers within milliseconds, and a split is copied within tens of them; but both are
+only seen between steps, and one long prefill takes longer than that."""
 
 
 class Stager:
@@ -89,6 +91,7 @@ class Stager:
         self._now_s = 0.0
         # When the tier or a worker last did something for staging, or there was nothing to do.
         self._progress_s = 0.0
+        self._quiet_steps = 0
 
     # -- what is staged ----------------------------------------------------------------------------
 
@@ -209,18 +212,24 @@ class Stager:
 
         A job that only waits its turn is not cancelled: its KV would have to be computed again.
         """
-        if not self._jobs or now_s - self._progress_s < STALL_S:
+        if self._quiet_steps < STALL_STEPS or now_s - self._progress_s < STALL_S:
+            return False
+        if not self._jobs:
             return False
         self._stats.count("failures", 1, "stage_stalled")
         self.cancel(next(reversed(self._jobs)))
         return True
 
+    def _progresses(self, now_s: float) -> None:
+        self._progress_s, self._quiet_steps = now_s, 0
+
     def advance(self, now_s: float) -> list[Order]:
         """Start the next splits; returns the copy orders that are ready for the workers."""
         self._now_s = now_s
+        self._quiet_steps += 1
         if not self._jobs and not self._ready:
             if not self.busy():
-                self._progress_s = now_s
+                self._progresses(now_s)
             return []
         if self._tier.state is not TierState.READY:
             for key in list(self._jobs):
@@ -236,7 +245,7 @@ class Stager:
         """Take an event of the tier; False when it is not staging's."""
         split = self._by_reserve.pop(event.op_id, None)
         if split is not None:
-            self._progress_s = now_s
+            self._progresses(now_s)
             if isinstance(event, ReserveDone):
                 self._reserved(split, event, now_s)
             elif isinstance(event, OperationFailed):
@@ -244,7 +253,7 @@ class Stager:
             return True
         split = self._by_commit.pop(event.op_id, None)
         if split is not None:
-            self._progress_s = now_s
+            self._progresses(now_s)
             split.job.n_commits -= 1
             if isinstance(event, OperationFailed):
                 self._fail(split.job, event.reason)
@@ -258,7 +267,7 @@ class Stager:
         split = self._by_order.pop(result.order_id, None)
         if split is None:
             return False
-        self._progress_s = self._now_s
+        self._progresses(self._now_s)
         if not result.ok:
             self._fail(split.job, "store_copy")
         self._copied(split, ok=result.ok)

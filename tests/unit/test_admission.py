@@ -247,14 +247,42 @@ def test_new_programs_wait_until_the_working_set_fits() -> None:
     assert reason(admission, "b1") == "working_set_full"
     arrive(admission, "c1", "C", 100.0, blocks=10, returning=False)
     assert reason(admission, "c1") == "older_waiting"
-    arrive(admission, "d7", "D", 100.5, blocks=90, now_s=101.0)
+    arrive(admission, "d7", "D", 100.5, blocks=20, now_s=101.0)
     assert reason(admission, "d7") == "first_in_order"
+    assert admission.working_set_blocks == 70, "who waits to go on counts, too"
     admission.on_finished("a1")
     assert reason(admission, "b1") == "working_set_full"
     admission.begin_step(replace(VIEW, now_s=112.0))
-    assert admission.working_set_blocks == 0
+    assert admission.working_set_blocks == 20
     assert reason(admission, "d7", 112.0) == "older_waiting"
     assert reason(admission, "b1", 112.0) == "first_in_order"
+
+
+def test_with_a_cpu_tier_pauses_take_no_room_on_the_gpu() -> None:
+    config = AdmissionConfig(headroom_fraction=0.0)
+    for tier_blocks, told in (
+        (0, "working_set_full"),
+        (40, "working_set_full"),
+        (50, "first_in_order"),
+    ):
+        admission = controller(config, replace(VIEW, tier_blocks=tier_blocks))
+        arrive(admission, "a1", "A", 100.0, blocks=60, returning=False)
+        admission.on_started("a1")
+        admission.on_finished("a1")
+        arrive(admission, "b1", "B", 100.0, blocks=90, returning=False)
+        admission.begin_step(replace(VIEW, tier_blocks=tier_blocks))
+        assert reason(admission, "b1") == told
+
+
+def test_a_program_that_gives_up_waiting_pauses_again() -> None:
+    admission = controller(AdmissionConfig(long_pause_s=10.0))
+    arrive(admission, "a1", "A", 100.0, blocks=50)
+    assert admission.working_set_blocks == 50
+    admission.on_finished("a1")
+    admission.begin_step(replace(VIEW, now_s=109.0))
+    assert admission.working_set_blocks == 50
+    admission.begin_step(replace(VIEW, now_s=110.0))
+    assert admission.working_set_blocks == 0
 
 
 def test_a_long_pause_counts_while_its_kv_is_resident() -> None:
@@ -322,7 +350,7 @@ def test_heaps_stay_in_proportion_to_the_waiting_requests() -> None:
     assert sum(map(len, admission._heaps)) < 200
     assert not admission._started
     admission.begin_step(replace(VIEW, now_s=1e6))
-    assert len(admission._working_set) == 0
+    assert len(admission._working_set) == 1, "the first one still waits"
     assert not admission._working_set._pauses
 
 
@@ -351,19 +379,24 @@ def test_busy_programs_are_counted_once() -> None:
     busy: WorkingSet[str] = WorkingSet(long_pause_s=10.0)
     busy.start("a", 10)
     busy.start("a", 30)
-    assert busy.blocks == 30
-    assert busy.fits("a", 50, 50)
-    assert not busy.fits("b", 30, 50)
+    assert (busy.blocks, busy.active_blocks) == (30, 30)
+    assert busy.fits("a", 50, 50, 50)
+    assert not busy.fits("b", 30, 50, 100)
     busy.pause("a", 0.0)
     busy.expire(100.0)
-    assert busy.blocks == 30
+    assert (busy.blocks, busy.active_blocks) == (30, 30)
     busy.pause("a", 100.0)
-    busy.start("a", 5)
+    assert (busy.blocks, busy.active_blocks) == (30, 0)
+    assert busy.fits("b", 30, 50, 60)
+    assert not busy.fits("b", 30, 50, 59)
+    busy.wait("a", 40)
+    assert (busy.blocks, busy.active_blocks) == (40, 40)
+    busy.start("a", 5, waited=True)
     busy.pause("a", 105.0)
     busy.expire(110.0)
-    assert busy.blocks == 30
+    assert (busy.blocks, busy.active_blocks) == (40, 0)
     busy.expire(115.0)
-    assert (busy.blocks, len(busy)) == (0, 0)
+    assert (busy.blocks, busy.active_blocks, len(busy)) == (0, 0, 0)
 
 
 def test_arrivals_are_remembered_for_the_last_active_programs() -> None:

@@ -14,6 +14,7 @@ from kvtier.costs.estimators import (
     PrefillEstimator,
     PrefillModel,
     QueueEstimator,
+    Thinning,
 )
 
 LINK = LinkModel(1e-3, ((4096, 1e9), (65536, 8e9)))
@@ -248,3 +249,9 @@ def test_a_turns_output_costs_its_share_of_decode_steps() -> None:
     assert generation.turn_s() == pytest.approx(50 * 0.02, rel=0.01), "the past fades"
     with pytest.raises(ValueError, match="tokens"):
         generation.observe_step(0, 0.1)
+
+
+def test_thinning_takes_the_first_and_then_every_so_manieth() -> None:
+    thinning = Thinning(every=3, first=2)
+    taken = [thinning.takes() for _ in range(9)]
+    assert taken == [True, True, False, False, True, False, False, True, False]

@@ -75,3 +75,14 @@ def test_a_link_that_is_far_too_slow_is_not_tried(policy: Policy) -> None:
     slow_link(policy, 50.0)
     for _ in range(3 * PROBE_EVERY):
         assert returning(policy).reason == "recompute_cheaper"
+
+
+def test_staged_kv_is_worth_more_where_the_program_returns_soon(
+    policy: Policy,
+) -> None:
+    for _ in range(200):
+        policy.ttl.observe_gap("quick", 1.0)
+        policy.ttl.observe_gap("slow", 600.0)
+    whole = policy.prefill.model().seconds(0, 4096)
+    assert policy.staged_value_s("quick", 4096) == pytest.approx(whole, rel=0.05)
+    assert policy.staged_value_s("slow", 4096) < 0.2 * whole

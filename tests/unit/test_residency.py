@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from kvtier.server.residency import DISPLACE_MARGIN, ChunkId, ResidencyTable
+from kvtier.server.residency import DISPLACE_MARGIN, IDLE_SCALE_S, ChunkId, ResidencyTable
 from kvtier.wire import KEY_BYTES, split_keys
 from tests.unit.fake_l1 import FakeL1
 
@@ -218,6 +218,24 @@ def test_without_a_lease_the_least_worth_goes_first() -> None:
     tier.now_s = 5.0
     assert tier.store("new", "mn", value_s=0.1) == 2
     assert (tier.hit("ab"), tier.hit("xy")) == (2, 0)
+
+
+def test_what_is_left_of_a_chain_is_worth_no_more_a_byte() -> None:
+    tier = Tier(4)
+    tier.store("old", "abcd", value_s=4.0)
+    assert tier.store("new", "xy", value_s=3.0) == 2, "its tail has gone"
+    assert tier.hit("abcd") == 2
+    assert tier.store("newer", "mn", value_s=3.0) == 2, "and now the rest"
+    assert (tier.hit("abcd"), tier.hit("xy")) == (0, 2)
+
+
+def test_what_is_not_used_loses_its_worth() -> None:
+    tier = Tier(4)
+    tier.store("a", "ab", value_s=2.0)
+    tier.now_s = IDLE_SCALE_S
+    tier.store("b", "cd", value_s=2.0)
+    assert tier.store("c", "xy", value_s=2.0) == 2
+    assert (tier.hit("ab"), tier.hit("cd")) == (0, 2)
 
 
 def test_what_nobody_references_goes_before_any_program() -> None:

@@ -11,7 +11,7 @@ from kvtier.orders import OrderIds
 from kvtier.stats import Stats
 from kvtier.turns.block_pool import VllmBlockPool, wrap_allocation
 from kvtier.turns.room import Room
-from kvtier.turns.staging import STALL_S, Stager
+from kvtier.turns.staging import STALL_S, STALL_STEPS, Stager
 from tests.unit.fake_vllm import FakePool, FakeRequest
 from tests.unit.test_staging import CHUNK_BLOCKS, chunks
 from tests.unit.virtual_tier import VirtualTier
@@ -206,13 +206,24 @@ def test_a_waiting_request_ends_staging_that_stands_still(rig: Rig) -> None:
     blocks = rig.fill(a=6, b=4)
     for key in blocks:
         rig.stager.start(key, key, chunks(len(blocks[key]) // CHUNK_BLOCKS), blocks[key], 1.0, 9.0)
-    rig.stager.advance(rig.now_s)
+    for _ in range(STALL_STEPS):
+        rig.stager.advance(rig.now_s)
     rig.now_s = STALL_S * 0.9
     assert rig.ask(5, knows_need=True) is None
     rig.now_s = STALL_S
     assert len(rig.ask(5, knows_need=True)) == 5
     assert rig.stager.n_jobs == 2, "one cancelled, but its reservation is still out"
     assert (rig.pins.held_blocks, rig.released) == (6, ["b"]), "the younger was enough"
+
+
+def test_one_long_step_is_no_standstill(rig: Rig) -> None:
+    blocks = rig.fill(a=6, b=4)
+    for key in blocks:
+        rig.stager.start(key, key, chunks(len(blocks[key]) // CHUNK_BLOCKS), blocks[key], 1.0, 9.0)
+    for _ in range(STALL_STEPS - 1):
+        rig.stager.advance(rig.now_s)
+    rig.now_s = 100 * STALL_S
+    assert rig.ask(5, knows_need=True) is None
 
 
 def test_staging_goes_on_where_its_blocks_would_not_be_enough(rig: Rig) -> None:

@@ -11,7 +11,7 @@ from kvtier.cost_model import HoldReason
 from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.gpu_pin import Pin
 from kvtier.ttl.holding import optimal_ttl
-from kvtier.ttl_controller import OutputReuse, TtlController
+from kvtier.ttl_controller import MIN_LEASE_S, OutputReuse, TtlController
 
 MISS_S = 2.0
 PRICE_S_PER_S = 0.1
@@ -134,3 +134,16 @@ class TestOutputReuse:
         assert reuse.probability("m") == 0.75, "forgotten"
         with pytest.raises(ValueError, match="decay"):
             OutputReuse(decay=1.0)
+
+
+def test_lease_covers_most_returns_and_no_more() -> None:
+    ttl = TtlController()
+    assert ttl.lease_s("bash", 600.0) == pytest.approx(60.0, rel=0.1), (
+        "the prior: nine of ten within 30 s"
+    )
+    for _ in range(200):
+        ttl.observe_gap("bash", 1.0)
+        ttl.observe_gap("build", 50.0)
+    assert ttl.lease_s("bash", 600.0) == MIN_LEASE_S
+    assert ttl.lease_s("build", 600.0) == pytest.approx(100.0, rel=0.1)
+    assert ttl.lease_s("build", 20.0) == 20.0

@@ -1,0 +1,1 @@
+"""Where replayed programs come from: readers of recorded sessions, and generators from published statistics."""

@@ -1,0 +1,209 @@
+"""Every baseline through vLLM's real scheduler: programs end, blocks come back, and two runs are the same."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+pytest.importorskip("vllm")
+
+from kvtier.replay.baselines import continuum_2s, infercept, pins
+from kvtier.replay.baselines.thunderagent import ThunderAgentPolicy
+from kvtier.replay.baselines.ttl_const import TtlConstPolicy
+from kvtier.replay.machine import GpuSpec, Machine, ModelSpec
+from kvtier.replay.policies import policy
+from kvtier.replay.simulation import Replayed, Simulation
+from kvtier.replay.workload import Child, Program, Run, Turn
+
+pytestmark = pytest.mark.engine
+
+NAMES = (
+    "offload-lru",
+    "offload-pfcfs",
+    "infercept",
+    "ttl-const",
+    "continuum",
+    "continuum-2s",
+    "autellix",
+    "thunderagent",
+)
+BLOCK_TOKENS = 16
+# 4 KiB of KV a token, and a slow GPU, so that small contexts take their time.
+MODEL = ModelSpec("small", 1e9, 1e9, 4, 8, 4, 64, 512)
+GPU = GpuSpec("slow", 2e12, 2e11, 8e9, 1e9)
+
+
+def machine(gpu_blocks: int = 160, cpu_blocks: int = 2000) -> Machine:
+    block_bytes = int(BLOCK_TOKENS * MODEL.kv_bytes_per_token)
+    return Machine(
+        MODEL,
+        GPU,
+        n_gpus=1,
+        gpu_kv_bytes=gpu_blocks * block_bytes,
+        dram_bytes=cpu_blocks * block_bytes,
+        link_bytes_per_s=1e9,
+        block_tokens=BLOCK_TOKENS,
+        batch_tokens=512,
+        max_running=8,
+    )
+
+
+def chain(rnd: random.Random, n_turns: int, first: int, children: bool = False) -> tuple[Turn, ...]:
+    """Turns that grow by some 150 tokens each."""
+    turns = []
+    runs = (Run(0, 64), Run(first, 200))
+    for i in range(n_turns):
+        output = rnd.randint(5, 25)
+        inner: tuple[Child, ...] = ()
+        if children and i == 1:
+            inner = tuple(Child(0.1, chain(rnd, 2, first + 1000 * (k + 1))) for k in range(2))
+        turns.append(Turn(runs, output, rnd.uniform(0.1, 3.0), rnd.choice(("a", "b", None)), inner))
+        runs = (*runs, Run(first + 2 * i + 1, output), Run(first + 2 * i + 2, 120))
+    return tuple(turns)
+
+
+def programs(n_programs: int = 6, children: bool = False) -> list[Program]:
+    rnd = random.Random(3)
+    return [
+        Program(f"p{i}", 0.3 * i, chain(rnd, rnd.randint(4, 7), 1, children))
+        for i in range(n_programs)
+    ]
+
+
+def replay(name: str, on: Machine, workload: list[Program]) -> tuple[Simulation, Replayed]:
+    """Run a policy, and see that every block has come back."""
+    sim = Simulation(policy(name), on, workload)
+    result = sim.run()
+    pool = sim.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    assert set(result.ended_s) == {program.name for program in workload}
+    assert len(result.turns) == sum(len(program.all_turns()) for program in workload)
+    return sim, result
+
+
+def cpu_tokens(result: Replayed) -> int:
+    return sum(turn.cpu_tokens for turn in result.turns)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_programs_end_and_two_runs_are_the_same(name: str) -> None:
+    first = replay(name, machine(), programs())[1]
+    second = replay(name, machine(), programs())[1]
+    assert first.turns == second.turns
+    assert first.ended_s == second.ended_s
+    assert (first.steps, first.preemptions) == (second.steps, second.preemptions)
+    assert first.link_bytes == second.link_bytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_programs_end_with_sub_agents_and_hardly_any_memory(name: str) -> None:
+    # The longest context has 65 blocks.
+    replay(name, machine(gpu_blocks=72, cpu_blocks=100), programs(children=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_programs_end_without_a_tier(name: str) -> None:
+    _, result = replay(name, machine(cpu_blocks=0), programs())
+    assert cpu_tokens(result) == 0
+    assert result.link_bytes == {"store": 0, "load": 0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_gpu_memory_has_no_room_for_comes_from_the_tier(name: str) -> None:
+    sim, result = replay(name, machine(gpu_blocks=100), programs())
+    assert cpu_tokens(result) > 0
+    assert result.link_bytes["load"] >= cpu_tokens(result) * MODEL.kv_bytes_per_token
+    # What can be read has been copied; some copies may have been under way at the end.
+    tier = sim.scheduler.connector.tier
+    stored_blocks = result.link_bytes["store"] / sim.machine.block_bytes
+    assert 0 < len(tier._idle) <= stored_blocks
+    assert not tier._read
+
+
+def test_the_tier_saves_computation() -> None:
+    _, plain = replay("vllm-lru", machine(gpu_blocks=100), programs())
+    _, tiered = replay("offload-lru", machine(gpu_blocks=100), programs())
+    assert tiered.busy_s < plain.busy_s
+
+
+def test_programs_go_in_the_order_of_their_arrival() -> None:
+    on = machine(gpu_blocks=72)
+    _, plain = replay("offload-lru", on, programs())
+    _, ordered = replay("offload-pfcfs", on, programs())
+    assert ordered.ended_s["p0"] < plain.ended_s["p0"]
+
+
+@pytest.mark.parametrize("name", ["ttl-const", "continuum", "continuum-2s"])
+def test_a_policy_that_pins_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[pins.Pin] = []
+    add = pins.Pins.add
+
+    def noted(self: pins.Pins, pin: pins.Pin) -> None:
+        added.append(pin)
+        add(self, pin)
+
+    monkeypatch.setattr(pins.Pins, "add", noted)
+    # Too slow a link to reload in no time, so that a pin is worth something to Equation 2.
+    on = machine(gpu_blocks=100)
+    slow = Machine(**{name: getattr(on, name) for name in on.__slots__} | {"link_bytes_per_s": 1e6})
+    replay(name, slow, programs())
+    assert added
+    assert all(pin.blocks and pin.expires_s > 0 for pin in added)
+
+
+@pytest.mark.parametrize("name", ["ttl-const", "continuum-2s"])
+def test_pins_without_end_do_not_deadlock(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TtlConstPolicy, "ttl_s", lambda *_: 1e9)
+    monkeypatch.setattr(continuum_2s, "TTL_S", 1e9)
+    replay(name, machine(gpu_blocks=72), programs(children=True))
+
+
+def test_preserving_without_end_does_not_deadlock(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing is wasted by preserving, and nothing can be swapped.
+    monkeypatch.setattr(infercept, "preserve_waste", lambda *_: 0.0)
+    replay("infercept", machine(gpu_blocks=72, cpu_blocks=0), programs(children=True))
+
+
+def test_infercept_swaps_what_it_keeps_and_stores_nothing_else() -> None:
+    sim, result = replay("infercept", machine(gpu_blocks=100), programs())
+    last_turns = {f"{program.name}.{len(program.turns) - 1}" for program in sim.programs}
+    contexts = {
+        turn.chain: (turn.prompt_tokens // BLOCK_TOKENS + 2) * sim.machine.block_bytes
+        for turn in result.turns
+        if f"{turn.chain}.{turn.index}" not in last_turns
+    }
+    assert 0 < result.link_bytes["store"] <= sum(contexts.values())
+
+
+def test_autellix_preempts_who_has_been_served_for_those_who_have_not() -> None:
+    # Two programs at a time fit; the ones that come last have had nothing yet.
+    _, result = replay("autellix", machine(gpu_blocks=100), programs(10))
+    _, ordered = replay("offload-pfcfs", machine(gpu_blocks=100), programs(10))
+    assert result.preemptions > ordered.preemptions
+
+    def waited_s(replayed: Replayed) -> float:
+        return max(t.first_token_s - t.arrived_s for t in replayed.turns if t.index == 0)
+
+    assert waited_s(result) < waited_s(ordered)
+
+
+def test_thunderagent_keeps_active_programs_within_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    tick = ThunderAgentPolicy.tick
+
+    def noted(self: Any) -> None:
+        tick(self)
+        held.append(self.n_held)
+
+    monkeypatch.setattr(ThunderAgentPolicy, "tick", noted)
+    _, result = replay("thunderagent", machine(gpu_blocks=100), programs())
+    assert max(held) > 0
+    assert held[-1] == 0
+    assert result.preemptions == 0
