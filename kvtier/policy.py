@@ -43,7 +43,8 @@ decisions do not rely on a link that may not be there."""
 CPU_INTERFERENCE = 0.3
 """Where copies share cores with compute, a second of copying costs each running request this much."""
 
-VALUE_WINDOW_S = 30.0
+VALUE_SCALE_S = 30.0
+_GAP_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 PROBE_EVERY = 16
 """Returns in a row for which a load seemed too slow, after which one is tried all the same: a link that
 is never used is never measured again."""
@@ -208,12 +209,15 @@ class Policy:
         return self.ttl.lease_s(tool, self.config.lease_s)
 
     def staged_value_s(self, tool: str | None, tokens: int) -> float:
-        """What staged KV is worth to the tier: seconds expected to be saved within `VALUE_WINDOW_S`.
+        """What staged KV is worth to the tier: seconds saved, the less the longer it lies there before.
 
-        So KV whose program returns in a moment keeps out what may be of use in an hour, or never.
+        So KV whose program returns in a moment keeps out what may be of use in an hour, or never. The
+        discount is ``1 / (1 + gap / VALUE_SCALE_S)``, expected over the gap by some of its quantiles.
         """
-        returns = 1.0 - self.ttl.away(tool).survival(VALUE_WINDOW_S)
-        return max(0.0, self.prefill.model().seconds(0, tokens)) * returns
+        away = self.ttl.away(tool)
+        discounts = (1.0 / (1.0 + away.quantile(q) / VALUE_SCALE_S) for q in _GAP_QUANTILES)
+        saved_s = max(0.0, self.prefill.model().seconds(0, tokens))
+        return saved_s * sum(discounts) / len(_GAP_QUANTILES)
 
     def decide_return(
         self,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from kvtier.replay import oracle
 from kvtier.replay.baselines.autellix import AutellixPolicy
 from kvtier.replay.baselines.continuum import ContinuumPolicy
 from kvtier.replay.baselines.continuum_2s import Continuum2sPolicy
@@ -140,6 +141,7 @@ _SPECS: Final = (
         **_baseline(ThunderAgentPolicy),
     ),
     PolicySpec("kvtier", "this project", **_KVTIER),
+    PolicySpec("oracle", "kvtier told the true gaps", prepare=oracle.tell, **_KVTIER),
 )
 
 POLICIES: Final = {spec.name: spec for spec in _SPECS}

@@ -120,6 +120,7 @@ class Simulation:
         clock: Virtual time, from 0.
         link: To CPU memory.
         scheduler: vLLM's.
+        tool_of: The tool that kvtier is told a turn calls.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class Simulation:
         self._chains: dict[str, Chain] = {}
         self._outputs: dict[str, list[int]] = {}
         self._records: dict[str, TurnRecord] = {}
+        self.tool_of: Callable[[Chain], str | None] = lambda chain: chain.turn.tool
         self._next_sample_s = 0.0
         self._result = Replayed(spec.name, [], self.agents.arrived_s, self.agents.ended_s)
         if spec.prepare is not None:
@@ -208,9 +210,10 @@ class Simulation:
         request_id, turn = chain.request_id, chain.turn
         prompt = chain.text.prompt(chain.index)
         params = None
-        if self.half is not None and turn.tool is not None:
+        tool = self.tool_of(chain)
+        if self.half is not None and tool is not None:
             # What the detector would find in the output.
-            params = {"kv_transfer_params": {"kvtier": {"tool": turn.tool}}}
+            params = {"kv_transfer_params": {"kvtier": {"tool": tool}}}
         request = Request(
             request_id=request_id,
             prompt_token_ids=prompt,

@@ -126,7 +126,7 @@ def make_cells(
 
 def quiet_vllm(*, online: bool) -> None:
     """Keep vLLM, which is not imported yet, from talking and from taking memory; what the user has set stays."""
-    if _LEVEL not in os.environ:
+    if os.environ.get(_LEVEL, "ERROR") == "ERROR":
         # What it logs before it has read the variable, and where it leaves logging to others.
         logging.getLogger("vllm").setLevel(logging.ERROR)
     for name, value in _QUIET.items():

@@ -1,4 +1,4 @@
-"""Every baseline through vLLM's real scheduler: programs end, blocks come back, and two runs are the same."""
+"""Every policy through vLLM's real scheduler: programs end, blocks come back, and two runs are the same."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ NAMES = (
     "autellix",
     "thunderagent",
 )
+ALL = (*NAMES, "kvtier", "oracle")
 BLOCK_TOKENS = 16
 # 4 KiB of KV a token, and a slow GPU, so that small contexts take their time.
 MODEL = ModelSpec("small", 1e9, 1e9, 4, 8, 4, 64, 512)
@@ -92,7 +93,7 @@ def cpu_tokens(result: Replayed) -> int:
     return sum(turn.cpu_tokens for turn in result.turns)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_programs_end_and_two_runs_are_the_same(name: str) -> None:
     first = replay(name, machine(), programs())[1]
     second = replay(name, machine(), programs())[1]
@@ -102,13 +103,13 @@ def test_programs_end_and_two_runs_are_the_same(name: str) -> None:
     assert first.link_bytes == second.link_bytes
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_programs_end_with_sub_agents_and_hardly_any_memory(name: str) -> None:
     # The longest context has 65 blocks.
     replay(name, machine(gpu_blocks=72, cpu_blocks=100), programs(children=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_programs_end_without_a_tier(name: str) -> None:
     _, result = replay(name, machine(cpu_blocks=0), programs())
     assert cpu_tokens(result) == 0
