@@ -43,6 +43,7 @@ decisions do not rely on a link that may not be there."""
 CPU_INTERFERENCE = 0.3
 """Where copies share cores with compute, a second of copying costs each running request this much."""
 
+SURPRISE_RATIO = 1.3
 VALUE_SCALE_S = 30.0
 _GAP_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 PROBE_EVERY = 16
@@ -169,7 +170,11 @@ class Policy:
                 self.generation.observe_step(step.scheduled_tokens, seconds)
             return
         self.queue.observe_step(step.scheduled_tokens, seconds)
-        if step.prefill is not None and self._prefill_steps.takes():
+        if step.prefill is None:
+            return
+        ratio = seconds / max(1e-9, self.prefill.model().seconds(*step.prefill))
+        # What surprises is never left out: the model must follow at once.
+        if self._prefill_steps.takes() or not 1 / SURPRISE_RATIO < ratio < SURPRISE_RATIO:
             self.prefill.observe(*step.prefill, seconds)
             self.prefill_samples.append((*step.prefill, seconds))
 
@@ -300,7 +305,8 @@ class Policy:
             ttl_bound=self.ttl.bound(pause.hint_ttl_s),
             max_ttl_s=self.config.max_ttl_s,
             pin_break_probability=self.ttl.pin_break_probability,
-            tier_retention_s=self.lease_s(pause.tool),
+            # A lease that has ended only lets others come first: where there is room, KV stays.
+            tier_retention_s=self.config.lease_s,
             store_interference=max(0.01, self._interference),
             load_interference=self._interference,
         )

@@ -86,3 +86,19 @@ def test_staged_kv_is_worth_more_where_the_program_returns_soon(
     whole = policy.prefill.model().seconds(0, 4096)
     assert policy.staged_value_s("quick", 4096) == pytest.approx(whole, rel=0.05)
     assert policy.staged_value_s("slow", 4096) < 0.2 * whole
+
+
+def test_steps_are_thinned_only_as_long_as_they_come_as_expected(policy: Policy) -> None:
+    def steps(n: int, seconds: float) -> list[tuple[int, int, float]]:
+        """The last samples that were taken of so many equal steps."""
+        policy.prefill_samples.clear()
+        for _ in range(n):
+            facts = StepFacts(scheduled_tokens=1000, running_requests=1, prefill=(0, 1000))
+            policy.observe_step(facts, seconds)
+        return list(policy.prefill_samples)
+
+    steps(200, 0.1)
+    before_s = policy.prefill.model().seconds(0, 1000)
+    assert len(steps(16, before_s)) == 4
+    assert len(steps(8, 3 * before_s)) == 8, "none is left out until the model has followed"
+    assert policy.prefill.model().seconds(0, 1000) > before_s
