@@ -167,7 +167,6 @@ class SchedulerHalf:
             self.stats,
             self._turns,
         )
-
         self.housekeeping = Housekeeping(
             self.answers,
             self.live_mode,
@@ -391,19 +390,15 @@ class SchedulerHalf:
         self.tier.close()
         self._log.close()
 
-    def _tier_blocks(self) -> int:
-        region = self.tier.region if self.tier.state is TierState.READY else None
-        if region is None:
-            return 0
-        return region.size_bytes // (self.facts.block_bytes * self.facts.ranks)
-
     def _admission_view(self, now_s: float) -> AdmissionView:
+        region = self.tier.region if self.tier.state is TierState.READY else None
+        tier_bytes = region.size_bytes if region is not None else 0
         return AdmissionView(
             now_s=now_s,
             free_blocks=self.pool.n_free,
             total_blocks=self.pool.n_blocks,
             running_requests=self._running_requests + self.reader.n_loads,
             pinned_blocks=self.pins.pinned_blocks,
-            tier_blocks=self._tier_blocks(),
+            tier_blocks=tier_bytes // (self.facts.block_bytes * self.facts.ranks),
             round_s=self.policy.round_s(*self.admission.busy),
         )
