@@ -24,96 +24,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Final, Generic, Literal, TypeVar
+from typing import Final, Generic, TypeVar
 
+from kvtier.admission_facts import AdmissionConfig, AdmissionDecision, AdmissionView
 from kvtier.working_set import WorkingSet
 
 Key = TypeVar("Key", bound=Hashable)
 
-Mode = Literal["off", "program_fcfs", "working_set"]
-Reason = Literal[
-    "off",
-    "not_waiting",
-    "retry",
-    "deferred_long_enough",
-    "nothing_running",
-    "first_in_order",
-    "older_waiting",
-    "working_set_full",
-    "no_free_blocks",
-]
 _COMPACT_FROM: Final = 64
 _RETURNING, _NEW, _LINE = range(3)
 
 MIN_PATIENCE_S: Final = 1.0
 """Below this, an order by program would only be noise."""
-
-
-@dataclass(frozen=True, slots=True)
-class AdmissionConfig:
-    """Settings of admission.
-
-    Attributes:
-        mode: "off" admits all; "program_fcfs" orders by program; "working_set" also holds new
-            programs back until they fit.
-        aging_s: The longest patience: waiting time after which a request comes before all that
-            have waited for less, and a new program is no longer held back for the working set's
-            sake; 0 turns both off.
-        max_defer_s: Longest time from a request's first deferral to its admission.
-        blocked_after_s: An admitted request that has not started for this long (there is no room
-            for it) no longer holds others back.
-        stale_scans: A request that the engine did not ask for in this many passes over its queue
-            (it waits for a grammar, say) no longer holds others back.
-        headroom_fraction: Share of the KV cache that the working set leaves free.
-        long_pause_s: A pause counts towards the working set for this long even without KV.
-    """
-
-    mode: Mode = "working_set"
-    aging_s: float = 600.0
-    max_defer_s: float = 3600.0
-    blocked_after_s: float = 5.0
-    stale_scans: int = 8
-    headroom_fraction: float = 0.05
-    long_pause_s: float = 10.0
-
-    def __post_init__(self) -> None:
-        """Refuse settings that could hold a request back for ever."""
-        for name in ("aging_s", "max_defer_s", "blocked_after_s", "long_pause_s"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a finite number of seconds, at least 0")
-        if self.stale_scans < 1 or not 0 <= self.headroom_fraction < 1:
-            raise ValueError("stale_scans must be positive, headroom_fraction in [0, 1)")
-
-
-@dataclass(frozen=True, slots=True)
-class AdmissionView:
-    """The engine between two steps.
-
-    Attributes:
-        now_s: The time.
-        free_blocks: KV blocks that an allocation can take.
-        total_blocks: All KV blocks.
-        running_requests: Requests in the step before.
-        pinned_blocks: KV blocks held by pins alone; they are released for a request in need.
-        tier_blocks: KV blocks that fit in the CPU tier; 0 without one.
-        round_s: Seconds to serve all busy programs but one a turn, computing contexts anew; 0: unknown.
-    """
-
-    now_s: float
-    free_blocks: int
-    total_blocks: int
-    running_requests: int
-    pinned_blocks: int = 0
-    tier_blocks: int = 0
-    round_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class AdmissionDecision:
-    """Whether a request may start in this step, and why."""
-
-    admit: bool
-    reason: Reason
 
 
 # eq=False: compared by identity; heaps compare keys, which end in a sequence number.

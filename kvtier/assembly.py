@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtier import __version__
-from kvtier.admission import AdmissionConfig, AdmissionController
+from kvtier.admission import AdmissionController
+from kvtier.admission_facts import AdmissionConfig
 from kvtier.backend import NoTier, TierBackend, TierState
 from kvtier.engine_config import engine_facts
 from kvtier.policy import Policy, PolicyConfig

@@ -181,18 +181,22 @@ class PinTable:
         if self.pinned_blocks > self.budget_blocks:
             self._pinned.remove(ids)
             return False
+        n_held = self._held.n_listed(fresh)
+        # From here on nothing can fail: references taken over would be nobody's otherwise.
         if owner is None or not self.pool.take_over(owner, ids):
             self.pool.acquire(ids)
-        self._take_in(Pin(key, program, ids, now_s, now_s + ttl_s, data), fresh)
+        self._take_in(Pin(key, program, ids, now_s, now_s + ttl_s, data), len(fresh) - n_held)
         return True
 
     def repin(self, pin: Pin) -> None:
         """Undo the end of a pin, in the same scheduling call."""
+        fresh = self._pinned.add(pin.block_ids)
+        n_loose = len(fresh) - self._held.n_listed(fresh)
         self.pool.acquire(pin.block_ids)
-        self._take_in(pin, self._pinned.add(pin.block_ids))
+        self._take_in(pin, n_loose)
 
-    def _take_in(self, pin: Pin, fresh: BlockIds) -> None:
-        self._loose_blocks += len(fresh) - self._held.n_listed(fresh)
+    def _take_in(self, pin: Pin, n_loose: int) -> None:
+        self._loose_blocks += n_loose
         self._pins[pin.key] = pin
         self._by_program.setdefault(pin.program, {})[pin.key] = None
         self._next_deadline_s = min(self._next_deadline_s, pin.deadline_s)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, cast
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from kvtier.admission import AdmissionConfig
+from kvtier.admission_facts import AdmissionConfig
 from kvtier.identity.program_arrivals import ProgramArrivals, rank_s
 from kvtier.identity.program_records import bounded_name
 from kvtier.identity.request_params import parse_transfer_params

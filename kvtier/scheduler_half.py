@@ -12,7 +12,7 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from kvtier.admission import AdmissionView
+from kvtier.admission_facts import AdmissionView
 from kvtier.backend import TierBackend, TierState
 from kvtier.gpu_pin import PinTable, ReleaseCause
 from kvtier.orders import OrderIds, StepOrders

@@ -53,8 +53,9 @@ class Trim(_Message, frozen=True):
 class Reserve(_Message, frozen=True):
     """Ask for slots for chunks [start, end) of a program's chain `keys`.
 
-    `value_s` is what the engine expects to lose, in seconds, if the program's KV were not there at its
-    return; `lease_s` is how long that stays true. Room is made by evicting what is worth less.
+    `value_s` is what the program's KV is worth, in seconds that it saves, the less the longer it is expected to
+    lie there; `lease_s` is how long that holds. Room is made by evicting what is worth less a byte, and the
+    worth falls while nobody uses it.
     """
 
     id: int

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvtier.admission import AdmissionController, AdmissionView
+    from kvtier.admission import AdmissionController
+    from kvtier.admission_facts import AdmissionView
     from kvtier.stats import Stats
 
 RECHECK_S: Final = 0.5

@@ -163,7 +163,7 @@ class Stager:
             chain: Chunk keys of the turn's reusable tokens.
             block_ids: At least `len(chain) * chunk_blocks` blocks, in token order, referenced by the
                 caller at the time of the call.
-            value_s: Expected loss, in seconds, if the KV were not there at the program's return.
+            value_s: What it is worth to have it there, see `Policy.staged_value_s`.
             lease_s: How long that value holds.
 
         Returns:

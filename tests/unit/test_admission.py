@@ -10,12 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtier.admission import (
-    AdmissionConfig,
-    AdmissionController,
-    AdmissionDecision,
-    AdmissionView,
-)
+from kvtier.admission import AdmissionController
+from kvtier.admission_facts import AdmissionConfig, AdmissionDecision, AdmissionView
 from kvtier.identity.program_arrivals import ProgramArrivals, rank_s
 from kvtier.working_set import WorkingSet
 from tests.unit.waiting_loop import Loop, random_config, run_randomly

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtier.admission import AdmissionConfig, AdmissionController, AdmissionView
+from kvtier.admission import AdmissionController
+from kvtier.admission_facts import AdmissionConfig, AdmissionView
 from kvtier.stats import Stats
 from kvtier.turns.deferrals import RECHECK_S, Deferrals
 from tests.unit.waiting_loop import Loop, Request, random_config, run_randomly

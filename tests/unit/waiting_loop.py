@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from kvtier.admission import AdmissionConfig, AdmissionController, AdmissionView
+from kvtier.admission_facts import AdmissionConfig, AdmissionView
 
 if TYPE_CHECKING:
     import random
+
+    from kvtier.admission import AdmissionController
 
 TOTAL_BLOCKS = 100
 

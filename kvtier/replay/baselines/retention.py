@@ -8,6 +8,7 @@ last first; the chain's own, which would not help, at the very end. So pins can 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ class _Waiting:
     returns: bool
 
 
-class RetentionPolicy(BaselinePolicy):
+class RetentionPolicy(BaselinePolicy, ABC):
     """See the module's docstring.
 
     Args:
@@ -53,9 +54,9 @@ class RetentionPolicy(BaselinePolicy):
 
     # -- what a policy decides ---------------------------------------------------------------------
 
+    @abstractmethod
     def ttl_s(self, facts: RequestFacts, n_tokens: int) -> float:
         """How long to keep a context of so many tokens; 0 for not at all."""
-        raise NotImplementedError
 
     def saw_gap(self, tool: str | None, gap_s: float) -> None:
         """A chain has returned so long after it called that tool."""
