@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from typing import Any
+from unittest import mock
 
+from kvtier.gpu_pin import PinTable
 from tests.engine.engine_spec import EngineSpec
 from tests.engine.pin_scenarios import KEEP, PIN_ONLY
 from tests.engine.scheduler_harness import Drive, Engine
@@ -90,4 +92,33 @@ def give_up_after_room(*, is_async: bool) -> Facts:
     return _while_making_room("after", is_async=is_async)
 
 
-ALL = [give_up_in_build, give_up_in_allocation, give_up_before_room, give_up_after_room]
+def give_up_after_taking_over(*, is_async: bool) -> Facts:
+    """A pin has taken over a finished request's references; vLLM is about to free what is left to it."""
+    engine = Engine(EngineSpec(is_async=is_async, settings=PIN_ONLY))
+    drive, generator = Drive(engine), random.Random(1)
+    pin, held = PinTable.pin, []
+
+    def pin_and_fail(*args: Any, **kwargs: Any) -> bool:
+        held.append(pin(*args, **kwargs))
+        _fail()
+        return True
+
+    with mock.patch.object(PinTable, "pin", pin_and_fail):
+        drive.run(engine.request("A", prompt_of(generator, 141), 20, session="A", kvtier=KEEP))
+    drive.run(engine.request("new", prompt_of(generator, 200), 5))
+    engine.check()
+    return {
+        "gave_up": engine.connector.scheduler_half is None,
+        "pinned": held,
+        "output_tokens": len(drive.output["new"]),
+        "lost_blocks": engine.spec.blocks - engine.free_blocks,
+    }
+
+
+ALL = [
+    give_up_in_build,
+    give_up_in_allocation,
+    give_up_before_room,
+    give_up_after_room,
+    give_up_after_taking_over,
+]

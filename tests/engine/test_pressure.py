@@ -338,6 +338,14 @@ def test_when_kvtier_gives_up_while_it_makes_room_no_block_is_lost(ask: Ask, whe
     assert facts["lost_blocks"] == 0
 
 
+def test_when_kvtier_gives_up_with_a_requests_references_they_come_back(ask: Ask) -> None:
+    facts = ask("give_up_after_taking_over")
+    assert facts["gave_up"]
+    assert facts["pinned"] == [True]
+    assert facts["output_tokens"] == 5
+    assert facts["lost_blocks"] == 0
+
+
 def _assert_tier_clean(facts: Facts) -> None:
     assert facts["held_after_staging"] == 0
     assert facts["locked_chunks"] == 0
