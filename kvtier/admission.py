@@ -3,16 +3,19 @@
 vLLM asks its connector once per waiting request and step whether the request may be looked up; a
 "not now" defers it to the next step. This controller answers, before anything is looked up.
 
-Order. Requests that have waited for longer than the *patience* come first, the longest waiting
+Order. Requests that have waited for longer than their *patience* come first, the longest waiting
 ahead; then the others by the arrival of their program. So older programs finish first, which makes
-the mean job completion time short, and yet nobody waits long for one token. The patience is the
-time that serving the other busy programs a turn each would take if their contexts had to be computed
-anew, at most ``aging_s``: the wait in an engine that keeps nothing. Aging by time alone would not do: where all wait for
-longer than that, the order becomes first come, first served, the worst for completion times.
+the mean job completion time short, and yet nobody waits long for one token. The patience of a returning
+turn is the time that serving the other busy programs a turn each would take if their contexts had to be
+computed anew, at most ``aging_s``: the wait in an engine that keeps nothing. Aging by time alone would not
+do: where all wait for longer than that, the order becomes first come, first served, the worst for
+completion times. A program's first turn has more patience, ``aging_s``: it waits once, before its
+program begins, instead of many times while its tools have answered.
 
 Working set. A program that is new is admitted only while the contexts of the programs that run or wait to
-go on, its own included, fit in the KV cache; and those of the programs that pause for a short time fit
-besides, in the KV cache or the CPU tier. So nothing is begun whose KV would have to be thrown away.
+go on, its own included, fit in the KV cache, and are expected to fit when they have grown
+(`demand_forecast`); and those of the programs that pause for a short time fit besides, in the KV cache or
+the CPU tier. So nothing is begun whose KV would have to be thrown away, or that would have to wait halfway.
 
 No deadlock. A request holds younger ones back only while the engine really asks for it and has not
 admitted it in vain for ``blocked_after_s``; nobody is deferred for longer than ``max_defer_s``; and
@@ -27,12 +30,14 @@ from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
 from kvtier.admission_facts import AdmissionConfig, AdmissionDecision, AdmissionView
+from kvtier.demand_forecast import DemandForecast
 from kvtier.working_set import WorkingSet
 
 Key = TypeVar("Key", bound=Hashable)
 
 _COMPACT_FROM: Final = 64
-_RETURNING, _NEW, _LINE = range(3)
+_RETURNING, _NEW, _RETURNING_LINE, _NEW_LINE = range(4)
+_LINES = _RETURNING_LINE, _NEW_LINE
 
 MIN_PATIENCE_S: Final = 1.0
 """Below this, an order by program would only be noise."""
@@ -68,9 +73,9 @@ class AdmissionController(Generic[Key]):
         self.config = config or AdmissionConfig()
         self._waiting: dict[str, _Waiting[Key]] = {}
         self._started: dict[str, Key] = {}
-        # By program: returning turns, and turns of new programs, which may be unable to start. And
-        # all by waiting time.
-        self._heaps: tuple[list[_HeapItem[Key]], ...] = ([], [], [])
+        # Returning turns, and turns of new programs, which may be unable to start: by program, and by
+        # waiting time.
+        self._heaps: tuple[list[_HeapItem[Key]], ...] = ([], [], [], [])
         self._new_blocks = 0
         self._new_requests = 0
         self._sequence = 0
@@ -81,8 +86,11 @@ class AdmissionController(Generic[Key]):
         self._running_since_view = 0
         self._now_s = float("-inf")
         self.patience_s = self._patience_s()
-        """Waiting time after which a request comes before all that have waited for less."""
+        """Waiting time after which a returning request comes before all that have waited for less."""
         self._working_set: WorkingSet[Key] = WorkingSet(self.config.long_pause_s)
+        self._forecast: DemandForecast[Key] = DemandForecast()
+        # Of `_forecast`, until something happens: what was asked, and its answer.
+        self._peak_blocks: tuple[int, float] | None = None
 
     @property
     def waiting(self) -> int:
@@ -139,6 +147,8 @@ class AdmissionController(Generic[Key]):
             self._new_requests += 1
         else:
             self._working_set.wait(program, context_blocks)
+            self._forecast.turn_waits(program, now_s)
+            self._peak_blocks = None
         self._push(entry)
 
     def on_started(self, request_id: str) -> None:
@@ -148,23 +158,54 @@ class AdmissionController(Generic[Key]):
             return
         self._leave(entry)
         self._started[request_id] = entry.program
+        self._forecast.turn_starts(entry.program, entry.context_blocks, self._now_s)
+        self._peak_blocks = None
         self._running_since_view += 1
         self._working_set.start(
             entry.program, entry.context_blocks, waited=not entry.is_new_program
         )
 
-    def on_finished(self, request_id: str) -> None:
-        """Drop a request that ended or was aborted; its program pauses."""
+    def on_turn_ended(
+        self,
+        request_id: str,
+        *,
+        context_blocks: int,
+        goes_on: bool,
+        gap_s: float,
+        now_s: float,
+    ) -> None:
+        """Note that a turn is over; its program pauses.
+
+        Args:
+            request_id: The request.
+            context_blocks: Blocks of its prompt and output.
+            goes_on: It has called a tool, so its program comes back with the result.
+            gap_s: Mean pause after such turns.
+            now_s: The time.
+        """
+        self._now_s = max(self._now_s, now_s)
+        program = self._started.get(request_id)
+        if program is not None:
+            self._forecast.turn_ends(program, context_blocks, now_s, goes_on=goes_on, gap_s=gap_s)
+            del self._started[request_id]
+            self._pauses(program)
+        else:
+            self.on_aborted(request_id)
+
+    def on_aborted(self, request_id: str) -> None:
+        """Drop a request that went and left nothing behind."""
         entry = self._waiting.pop(request_id, None)
         if entry is not None:
             self._leave(entry)
             if not entry.is_new_program:
                 self._working_set.give_up(entry.program, self._now_s)
+                self._forecast.turn_vanishes(entry.program, self._now_s, started=False)
+                self._peak_blocks = None
             return
         program = self._started.pop(request_id, None)
         if program is not None:
-            self._running_since_view -= 1
-            self._working_set.pause(program, self._now_s)
+            self._forecast.turn_vanishes(program, self._now_s, started=True)
+            self._pauses(program)
 
     def on_kv_pinned(self, program: Key) -> None:
         """Note that a paused program's KV is held in GPU memory: it counts until released."""
@@ -177,6 +218,8 @@ class AdmissionController(Generic[Key]):
     def on_program_ended(self, program: Key) -> None:
         """Stop counting a program that is over or forgotten."""
         self._working_set.end(program)
+        self._forecast.program_ends(program)
+        self._peak_blocks = None
 
     def begin_step(self, view: AdmissionView, *, same_scan: bool = False) -> None:
         """Take the state of the engine; what is asked from here on belongs to one step.
@@ -189,6 +232,7 @@ class AdmissionController(Generic[Key]):
         self._view = view
         self._scan_open &= same_scan
         self._running_since_view = 0
+        self._peak_blocks = None
         self.patience_s = self._patience_s()
         self._working_set.expire(view.now_s)
 
@@ -221,12 +265,19 @@ class AdmissionController(Generic[Key]):
             self._push(entry)
         return decision
 
+    def _pauses(self, program: Key) -> None:
+        self._running_since_view -= 1
+        self._working_set.pause(program, self._now_s)
+        self._peak_blocks = None
+
     def _patience_s(self) -> float:
-        if self.config.aging_s == 0:
-            return float("inf")
+        longest_s = self._longest_patience_s()
         if self._view.round_s <= 0:
-            return self.config.aging_s
-        return min(self.config.aging_s, max(MIN_PATIENCE_S, self._view.round_s))
+            return longest_s
+        return min(longest_s, max(MIN_PATIENCE_S, self._view.round_s))
+
+    def _longest_patience_s(self) -> float:
+        return self.config.aging_s or float("inf")
 
     def _judge(self, entry: _Waiting[Key], needed_blocks: int, now_s: float) -> AdmissionDecision:
         deferred = entry.deferred_since_s
@@ -254,11 +305,11 @@ class AdmissionController(Generic[Key]):
 
     def _is_held_back(self, entry: _Waiting[Key], now_s: float, *, idle: bool) -> bool:
         """Whether a request that comes first in order is itself able to start."""
-        patience_s = self.patience_s
-        longest = self._first(_LINE, now_s, idle=idle)
-        if longest is not None and now_s - longest.since_s >= patience_s:
-            return longest.line < entry.line
-        if now_s - entry.since_s >= patience_s:
+        lines = (self._first(line, now_s, idle=idle) for line in _LINES)
+        aged = [one for one in lines if one is not None and self._is_aged(one, now_s)]
+        if aged:
+            return min(one.line for one in aged) < entry.line
+        if self._is_aged(entry, now_s):
             return False
         for heap in (_RETURNING, _NEW):
             other = self._first(heap, now_s, idle=idle)
@@ -295,14 +346,28 @@ class AdmissionController(Generic[Key]):
         room_blocks = int(self._view.total_blocks * share)
         all_blocks = room_blocks + int(self._view.tier_blocks * share)
         blocks = max(entry.context_blocks, needed_blocks)
-        return self._working_set.fits(entry.program, blocks, room_blocks, all_blocks)
+        if not self._working_set.fits(entry.program, blocks, room_blocks, all_blocks):
+            return False
+        return (
+            self._expected_peak_blocks(blocks) <= self._view.total_blocks * self.config.overcommit
+        )
+
+    def _expected_peak_blocks(self, blocks: int) -> float:
+        if self._peak_blocks is None or self._peak_blocks[0] != blocks:
+            self._peak_blocks = blocks, self._forecast.peak_blocks(blocks, self._now_s)
+        return self._peak_blocks[1]
+
+    def _is_aged(self, entry: _Waiting[Key], now_s: float) -> bool:
+        """Whether the request has waited for so long that waiting alone decides."""
+        patience_s = self._longest_patience_s() if entry.is_new_program else self.patience_s
+        return now_s - entry.since_s >= patience_s
 
     def _is_gated(self, entry: _Waiting[Key], now_s: float) -> bool:
         """Whether the working set decides about this request: a new program that is not aged."""
         return (
             self.config.mode == "working_set"
             and entry.is_new_program
-            and now_s - entry.since_s < self.patience_s
+            and not self._is_aged(entry, now_s)
         )
 
     def _is_blocked(self, entry: _Waiting[Key], now_s: float) -> bool:
@@ -310,10 +375,11 @@ class AdmissionController(Generic[Key]):
         return admitted is not None and now_s - admitted >= self.config.blocked_after_s
 
     def _push(self, entry: _Waiting[Key]) -> None:
-        for heap in (_NEW if entry.is_new_program else _RETURNING, _LINE):
+        heaps = (_NEW, _NEW_LINE) if entry.is_new_program else (_RETURNING, _RETURNING_LINE)
+        for heap in heaps:
             if heap not in entry.in_heaps:
                 entry.in_heaps.add(heap)
-                key = entry.line if heap == _LINE else entry.order
+                key = entry.line if heap in _LINES else entry.order
                 heapq.heappush(self._heaps[heap], (key, entry))
 
     def _leave(self, entry: _Waiting[Key]) -> None:

@@ -26,15 +26,18 @@ class AdmissionConfig:
     Attributes:
         mode: "off" admits all; "program_fcfs" orders by program; "working_set" also holds new
             programs back until they fit.
-        aging_s: The longest patience: waiting time after which a request comes before all that
-            have waited for less, and a new program is no longer held back for the working set's
-            sake; 0 turns both off.
+        aging_s: The longest patience, and that of new programs: waiting time after which a request
+            comes before all that have waited for less, and a new program is no longer held back for
+            the working set's sake; 0 turns both off.
         max_defer_s: Longest time from a request's first deferral to its admission.
         blocked_after_s: An admitted request that has not started for this long (there is no room
             for it) no longer holds others back.
         stale_scans: A request that the engine did not ask for in this many passes over its queue
             (it waits for a grammar, say) no longer holds others back.
         headroom_fraction: Share of the KV cache that the working set leaves free.
+        overcommit: New programs begin while the blocks that programs are expected to want at a time
+            are no more than so many times the KV cache. Above 1, as the CPU tier takes what is too
+            much for a moment, and blocks that nobody uses are lost for good.
         long_pause_s: A pause counts towards the working set for this long even without KV.
     """
 
@@ -44,6 +47,7 @@ class AdmissionConfig:
     blocked_after_s: float = 5.0
     stale_scans: int = 8
     headroom_fraction: float = 0.05
+    overcommit: float = 1.2
     long_pause_s: float = 10.0
 
     def __post_init__(self) -> None:
@@ -51,6 +55,8 @@ class AdmissionConfig:
         for name in ("aging_s", "max_defer_s", "blocked_after_s", "long_pause_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number of seconds, at least 0")
+        if not 0 < self.overcommit < float("inf"):
+            raise ValueError("overcommit must be positive and finite")
         if self.stale_scans < 1 or not 0 <= self.headroom_fraction < 1:
             raise ValueError("stale_scans must be positive, headroom_fraction in [0, 1)")
 

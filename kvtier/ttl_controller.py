@@ -24,6 +24,8 @@ _MODEL = ""
 
 MIN_LEASE_S = 5.0
 LEASE_QUANTILE = 0.9
+MEAN_GAP_LIMIT_S = 600.0
+"""Longer pauses count as this long in a mean, which a few of them would else decide."""
 PRIOR_BREAK_PROBABILITY = 0.1
 """Share of pins that pressure ends before the return, until it was counted."""
 
@@ -69,6 +71,10 @@ class TtlController:
         most cases, without a word, and must not keep others' KV out of the tier.
         """
         return min(limit_s, max(MIN_LEASE_S, 2.0 * self.away(tool).quantile(LEASE_QUANTILE)))
+
+    def mean_gap_s(self, tool: str | None) -> float:
+        """How long programs stay away after such a turn in the mean."""
+        return self.away(tool).mean_restricted(MEAN_GAP_LIMIT_S)
 
     @property
     def output_reuse(self) -> float:

@@ -75,7 +75,7 @@ class Endings:
     def turn_aborted(self, request_id: str, now_s: float) -> None:
         """A request has gone that never began."""
         gone = self._programs.turn_aborted(request_id, now_s)
-        self._admission.on_finished(request_id)
+        self._admission.on_aborted(request_id)
         if gone is not None:
             self.program_gone(gone)
 
@@ -101,7 +101,13 @@ class Endings:
             ),
             now_s,
         )
-        self._admission.on_finished(turn.request_id)
+        self._admission.on_turn_ended(
+            turn.request_id,
+            context_blocks=self._facts.blocks_of(request.num_tokens),
+            goes_on=call.kind == "tool",
+            gap_s=self._policy.ttl.mean_gap_s(call.tool),
+            now_s=now_s,
+        )
         self._policy.observe_output(request.num_output_tokens)
         if end is None:
             return False

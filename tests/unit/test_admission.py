@@ -48,6 +48,19 @@ def arrive(
     )
 
 
+def end(
+    admission: AdmissionController[str],
+    request_id: str,
+    *,
+    blocks: int = 10,
+    goes_on: bool = True,
+    now_s: float = 100.0,
+) -> None:
+    admission.on_turn_ended(
+        request_id, context_blocks=blocks, goes_on=goes_on, gap_s=1.0, now_s=now_s
+    )
+
+
 def reason(admission: AdmissionController[str], request_id: str, now_s: float = 100.0) -> str:
     return admission.decide(request_id, 1, now_s).reason
 
@@ -75,7 +88,7 @@ def test_who_left_holds_nobody_back() -> None:
     admission = controller()
     arrive(admission, "young", "B", 90.0)
     arrive(admission, "old", "A", 50.0)
-    admission.on_finished("old")
+    end(admission, "old")
     assert reason(admission, "young") == "first_in_order"
     assert admission.waiting == 1
 
@@ -125,8 +138,8 @@ def test_busy_programs_run_pause_or_wait_to_begin() -> None:
     assert admission.busy == (2, 80)
     admission.on_started("a1")
     assert admission.busy == (2, 80)
-    admission.on_finished("a1")
-    admission.on_finished("b1")
+    end(admission, "a1")
+    end(admission, "b1")
     assert admission.busy == (1, 50)
     admission.begin_step(replace(VIEW, now_s=110.0))
     assert admission.busy == (0, 0)
@@ -225,7 +238,7 @@ def test_with_nothing_running_the_first_of_those_asked_for_is_let_through() -> N
         assert reason(busy, request_id) == "older_waiting"
     busy.on_started("running")
     busy.begin_step(VIEW)
-    busy.on_finished("running")
+    end(busy, "running")
     assert [reason(busy, request_id) for request_id in "cba"] == [
         "older_waiting",
         "older_waiting",
@@ -246,7 +259,7 @@ def test_new_programs_wait_until_the_working_set_fits() -> None:
     arrive(admission, "d7", "D", 100.5, blocks=20, now_s=101.0)
     assert reason(admission, "d7") == "first_in_order"
     assert admission.working_set_blocks == 70, "who waits to go on counts, too"
-    admission.on_finished("a1")
+    end(admission, "a1")
     assert reason(admission, "b1") == "working_set_full"
     admission.begin_step(replace(VIEW, now_s=112.0))
     assert admission.working_set_blocks == 20
@@ -264,7 +277,7 @@ def test_with_a_cpu_tier_pauses_take_no_room_on_the_gpu() -> None:
         admission = controller(config, replace(VIEW, tier_blocks=tier_blocks))
         arrive(admission, "a1", "A", 100.0, blocks=60, returning=False)
         admission.on_started("a1")
-        admission.on_finished("a1")
+        end(admission, "a1")
         arrive(admission, "b1", "B", 100.0, blocks=90, returning=False)
         admission.begin_step(replace(VIEW, tier_blocks=tier_blocks))
         assert reason(admission, "b1") == told
@@ -274,7 +287,7 @@ def test_a_program_that_gives_up_waiting_pauses_again() -> None:
     admission = controller(AdmissionConfig(long_pause_s=10.0))
     arrive(admission, "a1", "A", 100.0, blocks=50)
     assert admission.working_set_blocks == 50
-    admission.on_finished("a1")
+    end(admission, "a1")
     admission.begin_step(replace(VIEW, now_s=109.0))
     assert admission.working_set_blocks == 50
     admission.begin_step(replace(VIEW, now_s=110.0))
@@ -285,7 +298,7 @@ def test_a_long_pause_counts_while_its_kv_is_resident() -> None:
     admission = controller(AdmissionConfig(long_pause_s=10.0))
     arrive(admission, "a1", "A", 100.0, blocks=50, returning=False)
     admission.on_started("a1")
-    admission.on_finished("a1")
+    end(admission, "a1")
     admission.on_kv_pinned("A")
     admission.begin_step(replace(VIEW, now_s=500.0))
     assert admission.working_set_blocks == 50
@@ -315,11 +328,11 @@ def test_ended_programs_do_not_count() -> None:
     for name in ("a", "b"):
         arrive(admission, name, name, 100.0, blocks=20, returning=False)
         admission.on_started(name)
-    admission.on_finished("a")
+    end(admission, "a")
     admission.on_program_ended("a")
     admission.on_program_ended("b")
     assert admission.working_set_blocks == 20
-    admission.on_finished("b")
+    end(admission, "b")
     assert admission.working_set_blocks == 0
     admission.on_program_ended("unknown")
 
@@ -342,7 +355,7 @@ def test_heaps_stay_in_proportion_to_the_waiting_requests() -> None:
     for i in range(10_000):
         arrive(admission, f"r{i}", f"p{i}", 1.0 + i / 1e6)
         admission.on_started(f"r{i}")
-        admission.on_finished(f"r{i}")
+        end(admission, f"r{i}")
     assert sum(map(len, admission._heaps)) < 200
     assert not admission._started
     admission.begin_step(replace(VIEW, now_s=1e6))
@@ -434,3 +447,45 @@ def test_nobody_is_deferred_beyond_the_limit(seed: int) -> None:
         for request_id in [f"r{i}" for i in range(step + 1)]:
             if not admission.decide(request_id, 10, now_s).admit:
                 assert now_s - first_no.setdefault(request_id, now_s) < 7.0
+
+
+def test_a_new_program_waits_where_those_at_work_are_expected_to_grow() -> None:
+    admission = controller(AdmissionConfig(), replace(VIEW, total_blocks=800, free_blocks=700))
+    for turn in range(4):
+        arrive(admission, f"a{turn}", "A", 0.0, blocks=20 + 80 * turn, returning=turn > 0)
+        admission.on_started(f"a{turn}")
+        end(admission, f"a{turn}", blocks=100 + 80 * turn)
+    # Two contexts of 340 blocks fit, but not when they have grown.
+    arrive(admission, "a4", "A", 0.0, blocks=340)
+    admission.on_started("a4")
+    arrive(admission, "new", "N", 100.0, blocks=340, returning=False)
+    assert reason(admission, "new") == "working_set_full"
+    generous = controller(
+        AdmissionConfig(overcommit=3.0), replace(VIEW, total_blocks=800, free_blocks=700)
+    )
+    generous._forecast = admission._forecast
+    arrive(generous, "new", "N", 100.0, blocks=340, returning=False)
+    assert reason(generous, "new") == "first_in_order"
+    # When A has given its answer, nothing is expected of it.
+    end(admission, "a4", blocks=420, goes_on=False)
+    arrive(admission, "other", "O", 0.0, blocks=5)
+    admission.on_started("other")
+    admission.begin_step(replace(VIEW, now_s=110.0, total_blocks=1000, free_blocks=700))
+    assert reason(admission, "new", 110.0) == "first_in_order"
+
+
+def test_a_new_program_has_more_patience_than_a_returning_turn() -> None:
+    # A round takes 20 s; new programs are patient for 600 s.
+    view = replace(VIEW, round_s=20.0)
+    admission = controller(AdmissionConfig(), view)
+    arrive(admission, "big", "A", 0.0, blocks=95)
+    admission.on_started("big")
+    arrive(admission, "new", "N", 100.0, blocks=50, returning=False)
+    for now_s in (110.0, 690.0):
+        admission.begin_step(replace(view, now_s=now_s))
+        assert reason(admission, "new", now_s) == "working_set_full"
+    arrive(admission, "back", "B", 50.0, blocks=1, now_s=695.0)
+    admission.begin_step(replace(view, now_s=701.0))
+    # Now it comes before a returning turn of an older program, too, that waits for a shorter time.
+    assert reason(admission, "back", 701.0) == "older_waiting"
+    assert reason(admission, "new", 701.0) == "first_in_order"

@@ -92,7 +92,7 @@ def test_a_smaller_working_set_ends_deferrals() -> None:
     assert [rig.ask("r1"), rig.ask("r2")] == ["no", "no"], "80 of 95 blocks are taken"
     rig.deferrals.step_ended(100.02, 1)
     assert rig.ask("r1", 100.04) == "stands"
-    rig.admission.on_finished("r0")
+    rig.admission.on_turn_ended("r0", context_blocks=1, goes_on=True, gap_s=1.0, now_s=0.0)
     rig.admission.on_program_ended("p0")
     rig.deferrals.step_ended(100.04, 1)
     assert rig.ask("r1", 100.06) == "yes"

@@ -52,7 +52,9 @@ class Loop:
         self.admission.on_started(request_id)
 
     def finished(self, request_id: str) -> None:
-        self.admission.on_finished(request_id)
+        self.admission.on_turn_ended(
+            request_id, context_blocks=1, goes_on=True, gap_s=1.0, now_s=self.now_s
+        )
 
     def step(self) -> None:
         self.begin()

@@ -1,0 +1,230 @@
+"""How many KV blocks the programs that have begun will want at a time, at most, before they are done.
+
+A program's context grows with every turn, so programs that fit together when they begin do not fit later,
+and the youngest of them then wait in the middle of their work. So the question whether one more may begin is
+asked of the future, as LightLLM's Past-Future scheduler (arXiv 2507.10150) asks it for the outputs of single
+requests. Here the unit is the *episode*: the turns from a user's message to the answer that calls no tool.
+
+The blocks wanted in ``d`` turns are expected to be::
+
+    sum over programs i of  active_i * (context_i + growth_i * d) * S(turns_i + d) / S(turns_i)
+
+``S(n)``: the share of episodes that last for more than ``n`` turns, a Kaplan-Meier estimate in which
+episodes under way count as censored. ``growth_i``: blocks a turn, learnt from the program itself and from all.
+``active_i``: the share of its time in which a program runs; who is away for longer counts less.
+
+Time is a parameter; nothing here reads a clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+import numpy as np
+
+from kvtier.ttl.gaps import kaplan_meier, lognormal_curve
+
+Key = TypeVar("Key", bound=Hashable)
+_Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+PRIOR_MEDIAN_TURNS: Final = 8.0
+PRIOR_P90_TURNS: Final = 40.0
+"""Length of an episode before any was seen, log-normal: between function calling (BFCL, 6 turns a program) and
+coding agents (SWE-Bench, 11 turns; Claude Code, 45 turns in sessions of several episodes)."""
+PRIOR_WEIGHT: Final = 4.0
+"""Episodes that the prior is worth."""
+POOLED_TURNS: Final = 2.0
+"""The mean growth of all programs counts like so many turns of a program's own."""
+WINDOW: Final = 256
+"""Ended episodes that are remembered."""
+AHEAD_TURNS: Final = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64])
+"""How far ahead is looked."""
+MAX_TURNS: Final = 512
+"""Longer episodes are alike."""
+STALE_S: Final = 1.0
+"""``S`` is estimated anew at most so often."""
+DECAY: Final = 0.98
+_PRIOR: Final = lognormal_curve(PRIOR_MEDIAN_TURNS, PRIOR_P90_TURNS)
+_ROUNDING: Final = 1e-9
+
+
+@dataclass(slots=True)
+class _Program:
+    """A program in an episode.
+
+    Attributes:
+        context_blocks: Of the turn that runs, or ran last.
+        left_blocks: Of the last turn that has ended; 0 before.
+        turns: Ended turns of the episode.
+        grown_blocks: By which contexts have grown from one turn's end to the next one's.
+        grown_turns: In so many turns.
+        running: Turns under way.
+        waiting: Turns that wait to start.
+        began_s: When the last turn started.
+        paused_s: When the last turn ended.
+        gap_s: Mean pause after such a turn.
+    """
+
+    context_blocks: int
+    left_blocks: int = 0
+    turns: int = 0
+    grown_blocks: int = 0
+    grown_turns: int = 0
+    running: int = 0
+    waiting: int = 0
+    began_s: float = 0.0
+    paused_s: float = 0.0
+    gap_s: float = 0.0
+
+
+class _Mean:
+    """A mean in which each sample weighs `DECAY` of the one after it; 0 without samples."""
+
+    __slots__ = ("_sum", "_weight")
+
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._weight if self._weight else 0.0
+
+    def add(self, sample: float) -> None:
+        self._sum = DECAY * self._sum + sample
+        self._weight = DECAY * self._weight + 1.0
+
+
+class DemandForecast(Generic[Key]):
+    """Watches programs grow, and says what they will want.
+
+    An event costs O(1). A forecast costs O(programs in an episode), and twice as much once a second.
+    """
+
+    def __init__(self) -> None:
+        self._programs: dict[Key, _Program] = {}
+        self._ended_turns: deque[int] = deque(maxlen=WINDOW)
+        self._growth_blocks = _Mean()
+        self._turn_s = _Mean()
+        self._gap_s = _Mean()
+        self._lasting = self._estimate()
+        self._estimated_s = float("-inf")
+
+    def __len__(self) -> int:
+        """Return the number of programs in an episode."""
+        return len(self._programs)
+
+    def turn_waits(self, program: Key, now_s: float) -> None:
+        """A turn of a program arrives; one that is in no episode is not counted before it starts."""
+        known = self._programs.get(program)
+        if known is None:
+            return
+        if not known.running and not known.waiting:
+            self._gap_s.add(max(0.0, now_s - known.paused_s))
+        known.waiting += 1
+
+    def turn_starts(self, program: Key, context_blocks: int, now_s: float) -> None:
+        """A turn has its blocks; with the first one the episode begins."""
+        known = self._programs.setdefault(program, _Program(context_blocks))
+        known.context_blocks = max(known.context_blocks, context_blocks)
+        known.waiting = max(0, known.waiting - 1)
+        known.running += 1
+        known.began_s = now_s
+
+    def turn_ends(
+        self, program: Key, context_blocks: int, now_s: float, *, goes_on: bool, gap_s: float
+    ) -> None:
+        """A turn is over.
+
+        Args:
+            program: Whose it was.
+            context_blocks: Of its prompt and output.
+            now_s: The time.
+            goes_on: It has called a tool; else the episode is over with it.
+            gap_s: Mean pause after such turns.
+        """
+        known = self._programs.get(program)
+        if known is None:
+            return
+        known.running = max(0, known.running - 1)
+        self._turn_s.add(max(0.0, now_s - known.began_s))
+        if known.turns:
+            grown_blocks = context_blocks - known.left_blocks
+            known.grown_blocks += grown_blocks
+            known.grown_turns += 1
+            self._growth_blocks.add(grown_blocks)
+        known.turns += 1
+        known.context_blocks = known.left_blocks = context_blocks
+        known.paused_s, known.gap_s = now_s, gap_s
+        # A sub-agent's answer does not end the episode of those who still work.
+        if not goes_on and not known.running and not known.waiting:
+            self._ended_turns.append(known.turns)
+            del self._programs[program]
+
+    def turn_vanishes(self, program: Key, now_s: float, *, started: bool) -> None:
+        """A turn has gone and left nothing behind."""
+        known = self._programs.get(program)
+        if known is None:
+            return
+        if started:
+            known.running = max(0, known.running - 1)
+        else:
+            known.waiting = max(0, known.waiting - 1)
+        known.paused_s = now_s
+
+    def program_ends(self, program: Key) -> None:
+        """A program is over or forgotten; how long its episode would have been, nobody knows."""
+        self._programs.pop(program, None)
+
+    def peak_blocks(self, new_blocks: int, now_s: float) -> float:
+        """The most blocks that are expected to be wanted at a time if one more program begins now.
+
+        Args:
+            new_blocks: Blocks of the new program's context.
+            now_s: The time.
+        """
+        if now_s - self._estimated_s >= STALE_S:
+            self._estimated_s = now_s
+            self._lasting = self._estimate()
+        pooled, turn_s, gap_s = self._growth_blocks.value, self._turn_s.value, self._gap_s.value
+        contexts, growths = [float(new_blocks)], [pooled]
+        turns, actives = [0], [_share(turn_s, gap_s)]
+        for p in self._programs.values():
+            contexts.append(float(p.context_blocks))
+            growths.append(
+                (p.grown_blocks + POOLED_TURNS * pooled) / (p.grown_turns + POOLED_TURNS)
+            )
+            turns.append(min(p.turns, MAX_TURNS))
+            is_active = p.running or p.waiting
+            # Gaps have heavy tails: who has been away for long is expected to be away for as long again.
+            actives.append(_share(turn_s, gap_s if is_active else max(p.gap_s, now_s - p.paused_s)))
+        so_far = np.array(turns)[:, None]
+        lasting = self._lasting[np.minimum(so_far + AHEAD_TURNS, MAX_TURNS)]
+        lasting = lasting / self._lasting[so_far]
+        grown = np.maximum(np.array(growths), 0.0)[:, None] * AHEAD_TURNS
+        wanted = (np.array(contexts)[:, None] + grown) * lasting
+        return float((np.array(actives) @ wanted).max())
+
+    def _estimate(self) -> _Floats:
+        """``S`` of 0 to `MAX_TURNS` turns."""
+        under_way = [p.turns for p in self._programs.values() if p.turns]
+        curve = kaplan_meier(
+            [*self._ended_turns, *under_way],
+            [True] * len(self._ended_turns) + [False] * len(under_way),
+            prior=_PRIOR,
+            prior_weight=PRIOR_WEIGHT,
+        )
+        turns = np.arange(MAX_TURNS + 1, dtype=np.float64)
+        steps = np.array([1.0, *curve.survivals])
+        lasting = steps[np.searchsorted(np.array(curve.times), turns, side="right")]
+        beyond = turns > curve.last_s
+        lasting[beyond] *= (curve.last_s / turns[beyond]) ** curve.tail_alpha
+        floored: _Floats = np.maximum(lasting, _ROUNDING)
+        return floored
+
+
+def _share(turn_s: float, gap_s: float) -> float:
+    """The part of its time in which a program with such turns and gaps runs."""
+    return turn_s / (turn_s + gap_s) if turn_s > 0.0 else 1.0

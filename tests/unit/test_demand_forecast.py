@@ -1,0 +1,197 @@
+"""The forecast: programs grow, end and pause, and what they will want follows."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtier.demand_forecast import AHEAD_TURNS, STALE_S, DemandForecast
+
+
+def turn(
+    forecast: DemandForecast[str],
+    program: str,
+    blocks: tuple[int, int],
+    *,
+    at_s: float = 0.0,
+    turn_s: float = 10.0,
+    gap_s: float = 0.0,
+    goes_on: bool = True,
+) -> None:
+    """A whole turn, from a prompt of so many blocks to a context of so many."""
+    forecast.turn_waits(program, at_s)
+    forecast.turn_starts(program, blocks[0], at_s)
+    forecast.turn_ends(program, blocks[1], at_s + turn_s, goes_on=goes_on, gap_s=gap_s)
+
+
+def episode(
+    forecast: DemandForecast[str],
+    program: str,
+    n_turns: int,
+    *,
+    at_s: float = 0.0,
+    growth: int = 10,
+) -> None:
+    """A whole episode, without pauses."""
+    for i in range(n_turns):
+        blocks = 10 + growth * i, 10 + growth * (i + 1)
+        turn(forecast, program, blocks, at_s=at_s + 10.0 * i, goes_on=i + 1 < n_turns)
+
+
+def test_where_nothing_is_known_a_program_wants_its_prompt() -> None:
+    assert DemandForecast[str]().peak_blocks(100, 0.0) == pytest.approx(100, rel=0.1)
+
+
+def test_who_grows_will_want_more() -> None:
+    forecast: DemandForecast[str] = DemandForecast()
+    for i in range(4):
+        turn(forecast, "A", (10 + 50 * i, 50 + 50 * i), at_s=10.0 * i)
+    alone = forecast.peak_blocks(0, 40.0)
+    # 200 blocks now and 50 more a turn; the new program is expected to grow alike.
+    assert 300 < alone < 1000
+    turn(forecast, "A", (1210, 1250), at_s=40.0)
+    assert forecast.peak_blocks(0, 50.0) > alone + 1000
+
+
+def test_the_peak_is_that_of_the_formula() -> None:
+    forecast: DemandForecast[str] = DemandForecast()
+    # Twenty episodes of 3 turns: S is near 1 up to 2 turns, and small from 3 on.
+    for i in range(20):
+        episode(forecast, f"old{i}", 3, at_s=100.0 * i)
+    turn(forecast, "A", (10, 40), at_s=3000.0)
+    lasting = forecast._estimate()
+    assert lasting[2] > 0.9
+    assert lasting[3] < 0.2
+    wanted = [
+        (40 + 10 * d) * lasting[1 + d] / lasting[1] + (15 + 10 * d) * lasting[d] / lasting[0]
+        for d in AHEAD_TURNS
+    ]
+    assert forecast.peak_blocks(15, 3010.0) == pytest.approx(max(wanted), rel=1e-6)
+
+
+def test_episodes_that_end_early_leave_room() -> None:
+    short: DemandForecast[str] = DemandForecast()
+    long: DemandForecast[str] = DemandForecast()
+    for i in range(20):
+        episode(short, f"s{i}", 2, at_s=1000.0 * i)
+        episode(long, f"l{i}", 30, at_s=1000.0 * i)
+    assert short.peak_blocks(100, 50_000.0) < 130
+    assert long.peak_blocks(100, 50_000.0) > 250
+
+
+def test_episodes_under_way_are_known_to_last() -> None:
+    forecast: DemandForecast[str] = DemandForecast()
+    for i in range(30):
+        turn(forecast, f"p{i}", (10, 20))
+    assert forecast._estimate()[20] < 0.6
+    for i in range(30):
+        for k in range(1, 21):
+            turn(forecast, f"p{i}", (10 + 10 * k, 20 + 10 * k), at_s=10.0 * k)
+    assert forecast._estimate()[20] > 0.9
+
+
+def test_who_is_away_for_longer_counts_less() -> None:
+    forecast: DemandForecast[str] = DemandForecast()
+    for i in range(50):
+        turn(forecast, "B", (10, 10), at_s=11.0 * i)
+    forecast.program_ends("B")
+    turn(forecast, "A", (100, 1000), gap_s=10.0)
+    at_once = forecast.peak_blocks(1, 10.0)
+    later = forecast.peak_blocks(1, 110.0)
+    assert at_once == pytest.approx(500, rel=0.1)
+    assert later == pytest.approx(91, rel=0.1)
+    # It is back, and waits: whether its turn has begun makes no difference.
+    forecast.turn_waits("A", 110.0)
+    assert forecast.peak_blocks(1, 110.0) > 5 * later
+
+
+def test_an_answer_ends_the_episode() -> None:
+    forecast: DemandForecast[str] = DemandForecast()
+    turn(forecast, "A", (100, 1000), goes_on=False)
+    assert len(forecast) == 0
+    assert forecast.peak_blocks(10, 20.0) < 20
+
+
+def test_a_sub_agents_answer_does_not_end_the_episode_of_its_program() -> None:
+    forecast: DemandForecast[str] = DemandForecast()
+    forecast.turn_starts("A", 100, 0.0)
+    forecast.turn_starts("A", 50, 0.0)
+    forecast.turn_ends("A", 60, 5.0, goes_on=False, gap_s=0.0)
+    assert len(forecast) == 1
+    forecast.turn_ends("A", 110, 9.0, goes_on=False, gap_s=0.0)
+    assert len(forecast) == 0
+
+
+def test_what_vanishes_leaves_nothing_running() -> None:
+    forecast: DemandForecast[str] = DemandForecast()
+    turn(forecast, "A", (100, 1000), gap_s=10.0)
+    paused = forecast.peak_blocks(1, 110.0)
+    forecast.turn_waits("A", 100.0)
+    forecast.turn_vanishes("A", 20.0, started=False)
+    forecast.turn_waits("A", 100.0)
+    forecast.turn_starts("A", 1000, 100.0)
+    forecast.turn_vanishes("A", 20.0, started=True)
+    assert forecast.peak_blocks(1, 110.0) < 1.5 * paused
+
+
+def test_the_estimate_is_made_anew_once_a_second_at_most() -> None:
+    forecast: DemandForecast[str] = DemandForecast()
+    n_made = 0
+    make = forecast._estimate
+
+    def counted() -> object:
+        nonlocal n_made
+        n_made += 1
+        return make()
+
+    forecast._estimate = counted  # type: ignore[method-assign, assignment]
+    for i in range(10):
+        forecast.peak_blocks(1, 100.0 + i * STALE_S / 10)
+    assert n_made == 1
+    forecast.peak_blocks(1, 101.0)
+    assert n_made == 2
+
+
+_EVENTS = (
+    "waits",
+    "starts",
+    "ends",
+    "answers",
+    "vanishes",
+    "vanishes waiting",
+    "program ends",
+    "ask",
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(_EVENTS), max_size=80), st.integers(0, 2**32))
+def test_whatever_happens_the_forecast_is_a_number(events: list[str], seed: int) -> None:
+    chance = random.Random(seed)
+    forecast: DemandForecast[str] = DemandForecast()
+    now_s = 0.0
+    for event in events:
+        program = f"p{chance.randrange(3)}"
+        blocks = chance.choice((0, 1, 10, 10_000))
+        now_s += chance.choice((0.0, 0.1, 3.0, 5000.0))
+        match event:
+            case "waits":
+                forecast.turn_waits(program, now_s)
+            case "starts":
+                forecast.turn_starts(program, blocks, now_s)
+            case "ends" | "answers":
+                forecast.turn_ends(program, blocks, now_s, goes_on=event == "ends", gap_s=2.0)
+            case "vanishes" | "vanishes waiting":
+                forecast.turn_vanishes(program, now_s, started=event == "vanishes")
+            case "program ends":
+                forecast.program_ends(program)
+        peak = forecast.peak_blocks(blocks, now_s)
+        assert math.isfinite(peak)
+        assert peak >= 0
+    for i in range(3):
+        forecast.program_ends(f"p{i}")
+    assert len(forecast) == 0
