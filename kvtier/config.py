@@ -147,12 +147,14 @@ class Settings(BaseSettings):
     admission: Annotated[Literal["off", "program_fcfs", "working_set"], _Switch] = Field(
         default="working_set",
         description="Order of waiting requests. off: vLLM's. program_fcfs: returning turns of "
-        "older programs first. working_set: also holds new programs back until they fit.",
+        "older programs first. working_set: also holds new programs back until they and those at "
+        "work are expected to fit, grown.",
     )
     aging_s: Seconds = Field(
         default=600.0,
-        description="Waiting time after which a request comes before all that have waited for less, "
-        "s. Sooner where serving each busy program a turn without kept KV would take less; 0: never.",
+        description="Waiting time after which a new program, or a returning turn, comes before all "
+        "that have waited for less, s. A returning turn does so sooner where serving each busy program "
+        "a turn without kept KV would take less; 0: never.",
     )
     max_defer_s: Seconds = Field(
         default=3600.0, description="Longest time that a request may be held back for others, s."
