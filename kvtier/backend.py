@@ -4,7 +4,7 @@ LMCache (`lmcache_bridge`) implements it for engines; replay and the model check
 
 Everything is asynchronous: a call starts something and returns an id, the answer is an event from
 `poll()`. No call blocks. Every started operation ends in exactly one event (also when the server is
-away: then in `OperationFailed`), except `trim`, `drop`, which are fire-and-forget.
+away: then in `OperationFailed`), except `trim`, `drop` and `mark_running`, which are fire-and-forget.
 
 Life cycle of a read: `lookup` -> `LookupDone` (hit chunks are locked) -> `trim` to what is loaded, an
 empty range unlocks all. Of a write: `reserve` -> `ReserveDone` (slots) -> copy -> `commit` ->
@@ -120,6 +120,9 @@ class TierBackend(Protocol):
     def drop(self, namespace: str, program: str) -> None:
         """The program is over: free what only it used."""
 
+    def mark_running(self, namespace: str, program: str, *, running: bool) -> None:
+        """A turn has the program's KV in GPU memory, or has ended: what the copy is worth meanwhile."""
+
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
         """Events since the last call, in order; waits up to `wait_s` for one if there is none.
 
@@ -170,6 +173,9 @@ class NoTier:
         return self._refuse()
 
     def drop(self, namespace: str, program: str) -> None:
+        """Nothing is held."""
+
+    def mark_running(self, namespace: str, program: str, *, running: bool) -> None:
         """Nothing is held."""
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:  # noqa: ARG002

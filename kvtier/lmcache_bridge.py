@@ -169,6 +169,10 @@ class LMCacheBridge:
         """See `TierBackend.drop`."""
         self._send(lambda i: wire.Drop(i, namespace, program), expect_event=False)
 
+    def mark_running(self, namespace: str, program: str, *, running: bool) -> None:
+        """See `TierBackend.mark_running`."""
+        self._send(lambda i: wire.Running(i, namespace, program, running), expect_event=False)
+
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
         """See `TierBackend.poll`."""
         self._now_s = now_s

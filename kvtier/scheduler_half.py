@@ -259,6 +259,10 @@ class SchedulerHalf:
             self.policy.observe_wait(turn.predicted_wait_s, now_s - turn.arrived_s)
             self.admission.on_started(request.request_id)
             self.deferrals.started()
+            turn.running_copy = self.stager.mark_running(
+                turn.program,
+                lambda: self.returns.chain_of(turn, self.returns.readable_tokens(turn)),
+            )
         if not turn.counted:
             turn.counted = True
             self.returns.count_sources(turn, pinned_tokens, external_tokens)
@@ -274,6 +278,8 @@ class SchedulerHalf:
         turn = self._turns.pop(request.request_id, None)
         if turn is None:
             return None
+        if turn.running_copy is not None:
+            self.stager.mark_paused(turn.running_copy)
         now_s = self._clock()
         reusable = reusable_blocks(
             request,

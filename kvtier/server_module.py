@@ -264,6 +264,10 @@ class KVTierModule:
                 return wire.CommitReply(request.id, self._generation, resident)
             case wire.Drop():
                 table.drop(request.namespace, request.program)
+            case wire.Running():
+                table.mark_running(
+                    owner, request.namespace, request.program, running=request.running
+                )
             case wire.Status():
                 return self._status(request.id)
             case _:

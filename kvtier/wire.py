@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import msgspec
 
-API_VERSION = 1
+API_VERSION = 2
 KEY_BYTES = 16
 
 
@@ -86,6 +86,15 @@ class Drop(_Message, frozen=True):
     program: str
 
 
+class Running(_Message, frozen=True):
+    """A turn of the program has its KV in GPU memory from now on, or (`running` false) no longer."""
+
+    id: int
+    namespace: str
+    program: str
+    running: bool
+
+
 class Status(_Message, frozen=True):
     """Ask for counts."""
 
@@ -156,7 +165,7 @@ class Ack(_Message, frozen=True):
     id: int
 
 
-Request = Hello | Lookup | Trim | Reserve | Commit | Drop | Status
+Request = Hello | Lookup | Trim | Reserve | Commit | Drop | Running | Status
 Reply = Failed | HelloReply | LookupReply | ReserveReply | CommitReply | StatusReply | Ack
 
 encoder = msgspec.msgpack.Encoder()

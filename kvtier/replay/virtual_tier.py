@@ -101,6 +101,10 @@ class VirtualTier:
         """See `TierBackend`."""
         self.table.drop(namespace, program)
 
+    def mark_running(self, namespace: str, program: str, *, running: bool) -> None:
+        """See `TierBackend`."""
+        self.table.mark_running(_OWNER, namespace, program, running=running)
+
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:  # noqa: ARG002
         """See `TierBackend`."""
         self._now_s = now_s

@@ -8,6 +8,7 @@ Terms:
 - **chunk**: the KV of `chunk_tokens` tokens of one rank, in one slot of the shared region.
 - **chain**: a program's chunk keys in order; key i covers everything up to chunk i, so a chain is only
   useful up to its first missing chunk, and is evicted from its tail.
+- **running**: an engine has the program's KV in its GPU memory for a turn.
 - **lease**: the time for which a program's value holds. Leased chunks go only to make room for something
   worth more per byte; chunks without a live lease go first.
 
@@ -29,6 +30,9 @@ EVICTION_STEPS = 8
 IDLE_SCALE_S = 10.0
 """Unused for so long, KV is worth half. The chance that a program returns in the next moment falls like one over
 the time that it has been away, as gaps have heavy tails; and who waits in a queue for long is last in it."""
+RUNNING_WORTH = 0.1
+"""Part of its worth that a copy keeps while the program runs: its KV is in GPU memory then, and comes from
+there when it pauses. Not nothing, as copying it again takes the link's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +79,12 @@ class _Program:
     used_s: float = 0.0
     slot_bytes: int = 1
     ranks: int = 1
+    running_on: str | None = None
 
     def worth(self, now_s: float) -> float:
         """Value per byte, the less the longer nobody has used it, seconds/byte."""
+        if self.running_on is not None:
+            return self.density * RUNNING_WORTH
         return self.density / (1.0 + max(0.0, now_s - self.used_s) / IDLE_SCALE_S)
 
 
@@ -248,8 +255,21 @@ class ResidencyTable:
             if (namespace, key) in self._orphans and not self._locked.get((namespace, key)):
                 self._free((namespace, key))
 
+    def mark_running(self, owner: str, namespace: str, program: str, *, running: bool) -> None:
+        """Note that a program's turn runs in an engine, or does so no longer; unknown ones are ignored."""
+        record = self._programs.get((namespace, program))
+        if record is None:
+            return
+        if running:
+            record.running_on = owner
+        elif record.running_on == owner:
+            record.running_on = None
+
     def owner_gone(self, owner: str) -> None:
         """An engine died: release its locks, discard its reservations. Its chains stay for others."""
+        for record in self._programs.values():
+            if record.running_on == owner:
+                record.running_on = None
         for ref in [ref for ref in self._locks if ref[0] == owner]:
             lock = self._locks.pop(ref)
             self._unlock(lock, lock.keys)

@@ -29,7 +29,7 @@ from kvtier.turns.stage_jobs import Split, Staged, StageJob
 from kvtier.turns.strands import Strands
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvtier.block_ids import BlockIds
     from kvtier.chunk_keys import ChunkChain
@@ -107,6 +107,30 @@ class Stager:
         """Chunks of the conversation's last staged chain that the tier has confirmed."""
         staged = self._staged.get(strand)
         return staged.n_chunks if staged is not None else 0
+
+    def mark_running(self, program: str, chain_of: Callable[[], ChunkChain]) -> str | None:
+        """A turn of the program has started, so the tier may rather do without what it holds of it.
+
+        Args:
+            program: The program.
+            chain_of: Returns the chain of the turn's prompt; called where it tells which of several
+                conversations goes on.
+
+        Returns:
+            The copy's name, for `mark_paused`; None where nothing is staged.
+        """
+        names = [name for name in self.strands.names(program) if name in self._staged]
+        if not names:
+            return None
+        name = names[0] if len(names) == 1 else self.strands.find(program, chain_of())
+        if name not in self._staged:
+            return None
+        self._tier.mark_running(self.namespace, name, running=True)
+        return name
+
+    def mark_paused(self, name: str) -> None:
+        """The turn has ended: what the tier holds of it is worth keeping again."""
+        self._tier.mark_running(self.namespace, name, running=False)
 
     def forget(self, program: str) -> None:
         """The program is over: its jobs end too, and what they are still told is ignored."""

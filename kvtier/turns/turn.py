@@ -31,6 +31,7 @@ class Turn:
         counted: Whether its prompt tokens were counted by source.
         uncounted_load_tokens: Prompt tokens whose source depends on how their load ends.
         bypass_tier: A load failed or an answer was late: recompute, do not ask again.
+        running_copy: Name of the tier's copy of its KV, while it runs and there is one.
     """
 
     request: Any
@@ -49,6 +50,7 @@ class Turn:
     counted: bool = False
     uncounted_load_tokens: int = 0
     bypass_tier: bool = False
+    running_copy: str | None = None
 
     @property
     def request_id(self) -> str:

@@ -177,6 +177,9 @@ class VirtualTier:
         del namespace
         self.dropped.append(program)
 
+    def mark_running(self, namespace: str, program: str, *, running: bool) -> None:
+        del namespace, program, running
+
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
         del now_s, wait_s
         self._polls += 1

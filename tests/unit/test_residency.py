@@ -238,6 +238,34 @@ def test_what_is_not_used_loses_its_worth() -> None:
     assert (tier.hit("ab"), tier.hit("cd")) == (0, 2)
 
 
+def test_the_copy_of_a_program_that_runs_goes_first() -> None:
+    tier = Tier(4)
+    tier.store("runs", "ab", value_s=3.0)
+    tier.store("pauses", "cd", value_s=2.0)
+    tier.table.mark_running("e", NS, "runs", running=True)
+    assert tier.store("new", "xy", value_s=1.0) == 2
+    assert (tier.hit("ab"), tier.hit("cd")) == (0, 2)
+
+
+@pytest.mark.parametrize("ends", ["paused", "engine gone"])
+def test_the_copy_of_a_program_that_has_run_is_worth_as_much_as_before(ends: str) -> None:
+    tier = Tier(4)
+    tier.store("has run", "ab", value_s=3.0)
+    tier.store("pauses", "cd", value_s=2.0)
+    tier.table.mark_running("e", NS, "has run", running=True)
+    # What another engine says of its own turns is another matter.
+    tier.table.mark_running("other", NS, "has run", running=False)
+    tier.table.mark_running("e", NS, "nobody knows", running=True)
+    assert tier.table._programs[NS, "has run"].running_on == "e"
+    if ends == "paused":
+        tier.table.mark_running("e", NS, "has run", running=False)
+    else:
+        tier.table.owner_gone("e")
+    assert tier.store("new", "xy", value_s=1.0) is None
+    assert tier.store("new", "xy", value_s=3.0) == 2
+    assert (tier.hit("ab"), tier.hit("cd")) == (2, 0)
+
+
 def test_what_nobody_references_goes_before_any_program() -> None:
     tier = Tier(4)
     tier.store("p", "ab", value_s=1e9)
@@ -473,6 +501,10 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.locks = {ref: keys for ref, keys in self.locks.items() if ref[0] != owner}
         kept = {ref: what for ref, what in self.reservations.items() if ref[0] != owner}
         self.reservations = kept
+
+    @rule(program=programs, owner=owners, running=st.booleans())
+    def mark_running(self, program: str, owner: str, running: bool) -> None:
+        self.tier.table.mark_running(owner, NS, program, running=running)
 
     @rule(seconds=st.sampled_from([1.0, 6.0]))
     def wait(self, seconds: float) -> None:

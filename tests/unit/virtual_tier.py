@@ -38,6 +38,7 @@ class VirtualTier:
     Attributes:
         fail: Asked for each operation (`lookup`, `reserve`, `commit`); a reason fails it.
         dropped: (namespace, program) that were dropped.
+        running: (program, whether it runs) as it was marked.
         table: The server's bookkeeping, replaced when the server restarts.
         l1: The server's memory.
     """
@@ -49,6 +50,7 @@ class VirtualTier:
         self.answer_after = answer_after
         self.fail: Callable[[str], str | None] = lambda _: None
         self.dropped: list[tuple[str, str]] = []
+        self.running: list[tuple[str, bool]] = []
         self.closed = False
         self._n_slots = n_slots
         self._ranks = ranks
@@ -168,6 +170,11 @@ class VirtualTier:
         self.dropped.append((namespace, program))
         if self.state is TierState.READY:
             self.table.drop(namespace, program)
+
+    def mark_running(self, namespace: str, program: str, *, running: bool) -> None:
+        self.running.append((program, running))
+        if self.state is TierState.READY:
+            self.table.mark_running(self._owner, namespace, program, running=running)
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
         self._now_s = now_s
