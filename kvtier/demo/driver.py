@@ -154,7 +154,9 @@ class Driver:
             WorkError: the server refused a request or did other work than recorded.
             httpx.HTTPError: the connection failed.
         """
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        # A connection for each request: vLLM closes an idle one after 5 s, and a request that is sent
+        # at that moment would be lost.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(
             base_url=self._base_url,
             timeout=_NO_TIMEOUT,

@@ -103,6 +103,39 @@ def drive(server: Server, **options: Any) -> tuple[ArmRun, list[tuple[TurnRecord
     return asyncio.run(driver.run()), seen
 
 
+async def answer_once(
+    server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Answer a connection's first request, and hang up at its second one, as at the end of keep-alive."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    line, *fields = head.decode().split("\r\n")
+    method, path, _ = line.split(" ")
+    headers = dict(field.lower().split(": ", 1) for field in fields if field)
+    body = await reader.readexactly(int(headers.get("content-length", 0)))
+    response = await server(httpx.Request(method, f"http://engine{path}", content=body))
+    status = (
+        f"HTTP/1.1 {response.status_code} OK\r\ncontent-length: {len(response.content)}\r\n\r\n"
+    )
+    writer.write(status.encode() + response.content)
+    await writer.drain()
+    await reader.read(1)
+    writer.close()
+
+
+def test_no_request_is_lost_with_a_connection_that_the_server_gives_up() -> None:
+    server = Server()
+
+    async def run() -> ArmRun:
+        listener = await asyncio.start_server(
+            lambda reader, writer: answer_once(server, reader, writer), "127.0.0.1", 0
+        )
+        async with listener:
+            port = listener.sockets[0].getsockname()[1]
+            return await Driver(f"http://127.0.0.1:{port}", WORKLOAD, lambda *_: None).run()
+
+    assert len(asyncio.run(run()).turns) == 3
+
+
 def test_a_run_does_the_recorded_work_and_says_so() -> None:
     server = Server()
     run, seen = drive(server)
