@@ -24,6 +24,7 @@ from kvtier.stats import Stats
 from kvtier.tools.detection import ToolCallDetector
 from kvtier.turns.decision_log import DecisionLog
 from kvtier.turns.live_mode import LiveMode, Mode
+from kvtier.turns.recorder import TurnRecorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -94,6 +95,7 @@ def build_scheduler_half(
         detector=detector,
         stats=stats,
         log=DecisionLog(settings.decision_log),
+        recorder=TurnRecorder(settings.record_file, facts.block_tokens),
         mode=LiveMode(Mode(settings.mode), settings.switch_file),
         clock=clock,
         decode=decode,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from kvtier import __version__
 from kvtier.config import ConfigError, Settings, accepted
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvtier.doctor import Check
 
 _STYLES: Final = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -62,11 +65,49 @@ def serve(
     Starts the host's LMCache server, or joins the one that runs. What your flags leave open is
     filled in: the connector, the scheduler, the tool parser, and on CPU the block size.
     """
+    _serve(
+        model, context.args, program_scheduler=program_scheduler, dry_run=dry_run, as_json=as_json
+    )
+
+
+@app.command(context_settings=_PASS_THROUGH)
+def record(
+    context: typer.Context,
+    file: Annotated[
+        Path, typer.Argument(help="File to append to; kvtier replay reads it.", metavar="FILE")
+    ],
+    model: Annotated[str, typer.Argument(help="Model name or directory.")],
+    *,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command and run nothing.")
+    ] = False,
+) -> None:
+    """Serve MODEL as kvtier serve does, and record every turn in FILE for kvtier replay.
+
+    A turn is one line of JSON: when it came and ended, its tokens, and hashes of its program, its
+    tool and its prompt's content, with a key that is kept nowhere. No text is recorded.
+    """
+    path = file.expanduser().resolve()
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        _stop(f"{file}: accepted is a file in a directory that exists and can be written")
+    _serve(model, context.args, dry_run=dry_run, record_file=str(path))
+
+
+def _serve(
+    model: str,
+    arguments: Sequence[str],
+    *,
+    dry_run: bool,
+    as_json: bool = False,
+    program_scheduler: bool | None = None,
+    record_file: str | None = None,
+) -> None:
+    """Plan and run `vllm serve`."""
     from kvtier.serving.plan import ServeError, VllmFlags, plan_serve  # noqa: PLC0415
     from kvtier.serving.process import read_chat_template, run_serve, runs_on_cpu  # noqa: PLC0415
     from kvtier.supervisor import SupervisorError  # noqa: PLC0415
 
-    words, cpu = list(context.args), runs_on_cpu()
+    words, cpu = list(arguments), runs_on_cpu()
     if as_json and not dry_run:
         _stop("--json prints the plan of --dry-run: give both")
     try:
@@ -87,6 +128,7 @@ def serve(
             chat_template=template,
             configured_parser=configured.tool_call_parser,
             program_scheduler=program_scheduler,
+            record_file=record_file,
         )
         # Whatever is wrong with a setting must show here, not minutes later in the engine.
         settings = Settings.load(plan.extra)

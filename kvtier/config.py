@@ -102,6 +102,11 @@ class Settings(BaseSettings):
         description="File to which each decision is appended, with its reason and the cost of "
         "every option, as one JSON object a line.",
     )
+    record_file: Annotated[Path | None, _Optional] = Field(
+        default=None,
+        description="File to which each turn is appended for kvtier replay: sizes, times and hashes, no text. "
+        "kvtier record sets it.",
+    )
 
     # GPU memory and how long a program may keep it.
     pin_budget_fraction: Share = Field(

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from kvtier.turns.block_pool import VllmBlockPool
     from kvtier.turns.decision_log import DecisionLog
     from kvtier.turns.engine_facts import EngineFacts, StepFacts
+    from kvtier.turns.recorder import TurnRecorder
     from kvtier.turns.turn import Turn
 
 
@@ -60,6 +61,7 @@ class SchedulerHalf:
         detector: ToolCallDetector,
         stats: Stats,
         log: DecisionLog,
+        recorder: TurnRecorder,
         mode: LiveMode,
         clock: Callable[[], float],
         decode: Callable[[Sequence[int]], str],
@@ -74,6 +76,7 @@ class SchedulerHalf:
         self.policy = policy
         self.stats = stats
         self._log = log
+        self._recorder = recorder
         self.live_mode = mode
         self._clock = clock
         self._decode = decode
@@ -295,6 +298,7 @@ class SchedulerHalf:
         call = self._detector.detect(
             request.output_token_ids, hint=turn.hints.tool, complete=not aborted
         )
+        self._recorder.write(turn, call.tool, now_s)
         if self.endings.turn_finished(turn, call, len(reusable), now_s):
             return None
         if self.live_mode.mode is Mode.OFF or not len(reusable):
@@ -395,6 +399,7 @@ class SchedulerHalf:
             self._save_prefill(self.policy.profile_path, list(self.policy.prefill_samples))
         self.tier.close()
         self._log.close()
+        self._recorder.close()
 
     def _admission_view(self, now_s: float) -> AdmissionView:
         region = self.tier.region if self.tier.state is TierState.READY else None

@@ -104,6 +104,7 @@ def plan_serve(
     chat_template: str | None,
     configured_parser: str | None = None,
     program_scheduler: bool | None = None,
+    record_file: str | None = None,
     vllm: Sequence[str] | None = None,
 ) -> ServePlan:
     """Fill in what the user's flags leave open; what the user gave stays as it is.
@@ -115,6 +116,7 @@ def plan_serve(
         chat_template: The model's chat template, None when it is not known.
         configured_parser: `tool_call_parser` of kvtier's own settings.
         program_scheduler: Use kvtier's scheduler class; None: unless the flags choose another order.
+        record_file: Where turns are recorded, as an absolute path.
         vllm: The command `vllm`; default is the one beside this interpreter.
 
     Raises:
@@ -150,6 +152,9 @@ def plan_serve(
     extra: dict[str, object] = {}
     if parser is not None and configured_parser is None:
         extra["kvtier.tool_call_parser"] = parser
+    if record_file is not None:
+        extra["kvtier.record_file"] = record_file
+        notes.append(f"turns are recorded in {record_file}")
     transfer = _transfer_config(flags, extra)
     argv = [*(vllm or _vllm()), "serve", model, *flags.without(_TRANSFER_FLAG), *added]
     argv += [_TRANSFER_FLAG, json.dumps(transfer, separators=(",", ":"))]

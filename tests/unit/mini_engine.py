@@ -21,6 +21,7 @@ from kvtier.turns.block_pool import VllmBlockPool, wrap_allocation
 from kvtier.turns.decision_log import DecisionLog
 from kvtier.turns.engine_facts import StepFacts
 from kvtier.turns.live_mode import LiveMode, Mode
+from kvtier.turns.recorder import TurnRecorder
 from tests.unit.fake_vllm import BLOCK_TOKENS, FakePool, FakeRequest, content_of, engine_facts
 from tests.unit.virtual_tier import VirtualTier
 
@@ -135,6 +136,7 @@ class MiniEngine:
         config: PolicyConfig | None = None,
         limits: ProgramLimits | None = None,
         pin_budget_fraction: float = 1.0,
+        record_file: Path | None = None,
     ) -> None:
         self.facts = engine_facts(ranks=ranks, pin_budget_fraction=pin_budget_fraction)
         self.tier = tier or VirtualTier(ranks=ranks)
@@ -157,6 +159,7 @@ class MiniEngine:
             detector=ToolCallDetector(None, lambda _: "", {}),
             stats=self.stats,
             log=DecisionLog(None),
+            recorder=TurnRecorder(record_file, BLOCK_TOKENS),
             mode=LiveMode(mode, switch_file),
             clock=lambda: self.now_s,
             decode=lambda ids: "".join(map(chr, ids)),

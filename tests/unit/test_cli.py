@@ -33,7 +33,7 @@ def model(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("command", ["serve", "doctor", "config", "version"])
+@pytest.mark.parametrize("command", ["serve", "record", "doctor", "config", "version"])
 def test_help_of_each_command(command: str) -> None:
     result = runner.invoke(app, [command, "--help"])
     assert result.exit_code == 0
@@ -87,6 +87,23 @@ def test_own_parser_setting_is_not_overridden(model: str, monkeypatch: pytest.Mo
     plan = json.loads(runner.invoke(app, ["serve", model, "--dry-run", "--json"]).output)
     assert plan["extra_config"] == {}
     assert plan["command"][plan["command"].index("--tool-call-parser") + 1] == "mistral"
+
+
+def test_record_serves_and_records(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "turns.jsonl"
+    result = runner.invoke(app, ["record", str(file), model, "--port", "8000", "--dry-run"])
+    assert result.exit_code == 0
+    words = shlex.split(result.output)
+    transfer = json.loads(words[words.index("--kv-transfer-config") + 1])
+    assert transfer["kv_connector_extra_config"]["kvtier.record_file"] == str(file)
+    assert words[words.index("--port") + 1] == "8000"
+
+
+def test_record_says_where_it_cannot_write(model: str, tmp_path: Path) -> None:
+    for file in (tmp_path, tmp_path / "missing" / "turns.jsonl"):
+        result = runner.invoke(app, ["record", str(file), model, "--dry-run"])
+        assert result.exit_code == 2
+        assert "a file in a directory that exists" in result.output
 
 
 def test_serve_refuses_json_without_dry_run(model: str) -> None:

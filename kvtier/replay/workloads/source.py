@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
-from kvtier.replay.workloads import claude_code, lmcache_trace, mooncake, synthetic
+from kvtier.replay.workloads import claude_code, lmcache_trace, mooncake, recording, synthetic
 from kvtier.replay.workloads.limits import apply
 from kvtier.replay.workloads.records import BadRecord, Record, json_lines, read_text
 
@@ -25,8 +25,8 @@ SYNTHETIC_PROGRAMS: Final = 100
 _SUFFIXES: Final = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 _DECODER: Final = json.JSONDecoder()
 _FORMATS: Final = (
-    'a JSON object with "requests" (kv-cache-tester), or JSON lines with "hash_ids" (Mooncake) '
-    'or with "session_id" and "input" (LMCache)'
+    'a JSON object with "requests" (kv-cache-tester), or JSON lines with "kvtier_turn" (kvtier record), '
+    'with "hash_ids" (Mooncake) or with "session_id" and "input" (LMCache)'
 )
 
 
@@ -110,8 +110,10 @@ def _read_file(
     first = _first_object(text)
     if "requests" in first:
         return [claude_code.read(Record(first, str(path)))]
+    scope = path.name.removesuffix(".gz").rpartition(".")[0]
+    if recording.MARK in first:
+        return recording.read(json_lines(text, str(path), bad), scope, bad)
     if "hash_ids" in first:
-        scope = path.name.removesuffix(".gz").rpartition(".")[0]
         return mooncake.read(json_lines(text, str(path), bad), scope, bad)
     if "session_id" in first and "input" in first:
         return lmcache_trace.read(json_lines(text, str(path), bad), bad, tokenizer)
