@@ -262,7 +262,7 @@ class SchedulerHalf:
             self.policy.observe_wait(turn.predicted_wait_s, now_s - turn.arrived_s)
             self.admission.on_started(request.request_id)
             self.deferrals.started()
-            turn.running_copy = self.stager.mark_running(
+            turn.running_copy = self.stager.copies.mark_running(
                 turn.program,
                 lambda: self.returns.chain_of(turn, self.returns.readable_tokens(turn)),
             )
@@ -282,7 +282,7 @@ class SchedulerHalf:
         if turn is None:
             return None
         if turn.running_copy is not None:
-            self.stager.mark_paused(turn.running_copy)
+            self.stager.copies.mark_paused(turn.running_copy)
         now_s = self._clock()
         reusable = reusable_blocks(
             request,
@@ -352,7 +352,9 @@ class SchedulerHalf:
 
         Its name is drawn, not counted: two engines' first updates need not bring the same weights.
         """
-        self.reader.namespace = self.stager.namespace = self.facts.namespace(uuid.uuid4().hex)
+        self.reader.namespace = self.stager.copies.namespace = self.facts.namespace(
+            uuid.uuid4().hex
+        )
         self.stager.forget_all()
         for request_id in self._turns:
             self.reader.release(request_id)

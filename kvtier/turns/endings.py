@@ -127,8 +127,8 @@ class Endings:
         """The client has ended a program: its KV is of no use, in the tier neither."""
         self.note(*self._pins.unpin_program(program, ReleaseCause.ENDED))
         if self._tier.state is TierState.READY:
-            for name in self._stager.strands.names(program):
-                self._tier.drop(self._stager.namespace, name)
+            for name in self._stager.copies.strands.names(program):
+                self._tier.drop(self._stager.copies.namespace, name)
         self._forget(program)
 
     def program_gone(self, gone: ProgramGone) -> None:

@@ -61,7 +61,7 @@ class Pauses:
         data = pin.data
         staged = False
         if isinstance(data, PinnedTurn) and data.staged_tokens:
-            confirmed = self._stager.confirmed_chunks(data.strand) * self._facts.chunk_tokens
+            confirmed = self._stager.copies.confirmed_chunks(data.strand) * self._facts.chunk_tokens
             staged = data.staged_tokens <= confirmed
         return self._policy.ttl.regret_s_per_block(pin, now_s, staged=staged)
 
@@ -96,7 +96,7 @@ class Pauses:
         hints = turn.hints
         staged = 0
         if chain is not None:
-            staged = self._stager.staged_chunks(turn.program, chain) * self._facts.chunk_tokens
+            staged = self._stager.copies.chunks_of(turn.program, chain) * self._facts.chunk_tokens
         expected_s = self._policy.ttl.away(call.tool).quantile(0.5)
         displaceable = self._pins.to_end_for(
             blocks,
@@ -187,7 +187,7 @@ class Pauses:
         """The conversation's name in the tier, as staging it will name it."""
         if chain is None:
             return ""
-        strands = self._stager.strands
+        strands = self._stager.copies.strands
         return (strands.take if stage else strands.find)(turn.program, chain)
 
     def _pinned_turn(

@@ -78,7 +78,7 @@ class Returns:
             chain = self.chain_of(turn, readable)
             if not len(chain):
                 return 0
-            strand = self._stager.strands.find(turn.program, chain)
+            strand = self._stager.copies.strands.find(turn.program, chain)
             self._reader.ask(turn.request_id, strand, chain)
             turn.asked_s = now_s
             wait()
@@ -95,7 +95,7 @@ class Returns:
             turn.bypass_tier = True
             return 0
         if turn.chain is not None:
-            self._stager.correct(turn.program, turn.chain, hit)
+            self._stager.copies.correct(turn.program, turn.chain, hit)
         return min(hit * self._facts.chunk_tokens, readable)
 
     def reload_tokens(self, turn: Turn, tier_tokens: int, waiting_requests: int = 0) -> int:

@@ -49,11 +49,3 @@ class StageJob:
     attempt: int = 0
     open: deque[Split] = field(default_factory=deque)
     n_commits: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """A conversation's confirmed KV in the tier: the first `n_chunks` chunks of `chain`."""
-
-    chain: ChunkChain
-    n_chunks: int

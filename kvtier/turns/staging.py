@@ -25,11 +25,11 @@ from kvtier.backend import (
 )
 from kvtier.block_ids import as_block_ids
 from kvtier.orders import Order
-from kvtier.turns.stage_jobs import Split, Staged, StageJob
-from kvtier.turns.strands import Strands
+from kvtier.turns.stage_jobs import Split, StageJob
+from kvtier.turns.staged_copies import StagedCopies
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from kvtier.block_ids import BlockIds
     from kvtier.chunk_keys import ChunkChain
@@ -72,7 +72,6 @@ class Stager:
         self._tier = tier
         self._pins = pins
         self._stats = stats
-        self.namespace = namespace
         self._chunk_blocks = chunk_blocks
         self._split_chunks = split_chunks
         split_bytes = max(1, split_chunks * chunk_bytes)
@@ -84,78 +83,22 @@ class Stager:
         self._by_reserve: dict[int, Split] = {}
         self._by_order: dict[int, Split] = {}
         self._by_commit: dict[int, Split] = {}
-        self.strands = Strands()
-        # By name in the tier.
-        self._staged: dict[str, Staged] = {}
+        self.copies = StagedCopies(tier, namespace)
         self._ready: list[Order] = []
         self._now_s = 0.0
         # When the tier or a worker last did something for staging, or there was nothing to do.
         self._progress_s = 0.0
         self._quiet_steps = 0
 
-    # -- what is staged ----------------------------------------------------------------------------
-
-    def staged_chunks(self, program: str, chain: ChunkChain) -> int:
-        """How many leading chunks of `chain` the tier has confirmed for this program."""
-        confirmed = (self._staged.get(name) for name in self.strands.names(program))
-        return max(
-            (min(s.n_chunks, s.chain.common_chunks(chain)) for s in confirmed if s is not None),
-            default=0,
-        )
-
-    def confirmed_chunks(self, strand: str) -> int:
-        """Chunks of the conversation's last staged chain that the tier has confirmed."""
-        staged = self._staged.get(strand)
-        return staged.n_chunks if staged is not None else 0
-
-    def mark_running(self, program: str, chain_of: Callable[[], ChunkChain]) -> str | None:
-        """A turn of the program has started, so the tier may rather do without what it holds of it.
-
-        Args:
-            program: The program.
-            chain_of: Returns the chain of the turn's prompt; called where it tells which of several
-                conversations goes on.
-
-        Returns:
-            The copy's name, for `mark_paused`; None where nothing is staged.
-        """
-        names = [name for name in self.strands.names(program) if name in self._staged]
-        if not names:
-            return None
-        name = names[0] if len(names) == 1 else self.strands.find(program, chain_of())
-        if name not in self._staged:
-            return None
-        self._tier.mark_running(self.namespace, name, running=True)
-        return name
-
-    def mark_paused(self, name: str) -> None:
-        """The turn has ended: what the tier holds of it is worth keeping again."""
-        self._tier.mark_running(self.namespace, name, running=False)
-
     def forget(self, program: str) -> None:
         """The program is over: its jobs end too, and what they are still told is ignored."""
-        for name in self.strands.names(program):
-            self._staged.pop(name, None)
-        self.strands.forget(program)
+        self.copies.forget(program)
         self._void([job for job in self._active() if job.program == program])
 
     def forget_all(self) -> None:
         """Nothing is known to be staged any more, and nothing under way will be."""
-        self._staged.clear()
-        self.strands.clear()
+        self.copies.clear()
         self._void(self._active())
-
-    def correct(self, program: str, chain: ChunkChain, resident_chunks: int) -> None:
-        """A lookup of `chain` has seen how much of it is really there.
-
-        Only what the chain shares with a staged one tells: a sub-agent's prompt may share little.
-        """
-        for name in self.strands.names(program):
-            staged = self._staged.get(name)
-            if staged is None:
-                continue
-            if resident_chunks < min(staged.n_chunks, staged.chain.common_chunks(chain)):
-                self._staged[name] = Staged(staged.chain, resident_chunks)
 
     # -- jobs --------------------------------------------------------------------------------------
 
@@ -193,7 +136,7 @@ class Stager:
         Returns:
             False when there is nothing to stage.
         """
-        done = self.staged_chunks(program, chain)
+        done = self.copies.chunks_of(program, chain)
         if done >= len(chain):
             return False
         for other in [j for j in self._jobs.values() if j.program == program]:
@@ -204,7 +147,7 @@ class Stager:
                 self.cancel(other.key)
         blocks = as_block_ids(block_ids)[: len(chain) * self._chunk_blocks]
         self._pins.hold(f"stage:{key}", blocks, share=key)
-        strand = self.strands.take(program, chain)
+        strand = self.copies.strands.take(program, chain)
         self._jobs[key] = StageJob(
             key, program, strand, chain, blocks, value_s, lease_s, done, len(chain)
         )
@@ -322,7 +265,7 @@ class Stager:
     def _reserve(self, job: StageJob) -> None:
         end = min(job.next_chunk + self._split_chunks, job.end_chunk)
         reserve_id = self._tier.reserve(
-            self.namespace,
+            self.copies.namespace,
             job.strand,
             bytes(job.chain.keys),
             job.next_chunk,
@@ -398,12 +341,8 @@ class Stager:
         job = split.job
         if job.void:
             return
-        done = self._staged.get(job.strand)
-        before = 0 if done is None else done.n_chunks
-        self._staged[job.strand] = Staged(job.chain, resident_chunks)
-        self._stats.count(
-            "staged_tokens", max(0, resident_chunks - before) * job.chain.chunk_tokens
-        )
+        added = self.copies.confirm(job.strand, job.chain, resident_chunks)
+        self._stats.count("staged_tokens", added * job.chain.chunk_tokens)
         if resident_chunks < split.end and not job.cancelled:
             # What the tier held before has a hole now: start again from there, once. A split that
             # was reserved before the restart only says the same again.

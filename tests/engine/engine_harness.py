@@ -247,7 +247,7 @@ class Engine:
         self.drain()
         handle = self.handle(name, options.get("salt"))
         reusable = (n_tokens + len(turn.tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
-        assert self.half.stager._staged[handle].n_chunks == reusable // CHUNK_TOKENS
+        assert self.half.stager.copies._staged[handle].n_chunks == reusable // CHUNK_TOKENS
         return turn
 
     def turn(self, prompt: list[int], n_tokens: int = 12, **options: Any) -> Turn:
@@ -387,7 +387,7 @@ class Engine:
         assert self.scheduler.reset_prefix_cache()
         self.outputs.clear()
         if str(self.half.tier.state) == "ready":
-            for program in list(self.half.stager._staged):
-                self.half.tier.drop(self.half.stager.namespace, program)
+            for program in list(self.half.stager.copies._staged):
+                self.half.tier.drop(self.half.stager.copies.namespace, program)
                 self.half.stager.forget(program)
             await_clean(self.half.tier._config.endpoint)

@@ -60,7 +60,7 @@ def _turn(engine: Engine, name: str, n_tokens: int = 700) -> Turn:
 
 
 def _n_staged(engine: Engine, name: str) -> int:
-    staged = engine.half.stager._staged.get(engine.handle(name))
+    staged = engine.half.stager.copies._staged.get(engine.handle(name))
     return staged.n_chunks if staged is not None else 0
 
 

@@ -85,7 +85,7 @@ def cancelled_staging(engine: Engine) -> None:
         assert request.num_preemptions == 0
         go.set()
     engine.drain()
-    assert engine.handle("cancel") not in engine.half.stager._staged
+    assert engine.handle("cancel") not in engine.half.stager.copies._staged
     assert engine.turn(first.then(tokens("cancel2", 50)), program="cancel").cpu == 0
 
 
@@ -149,7 +149,7 @@ def failed_store(engine: Engine) -> None:
         first = engine.turn(tokens("f-store", 700), program="f-store")
         engine.drain()
     assert engine.failures()["stage_store_copy"] - before == 1
-    assert engine.handle("f-store") not in engine.half.stager._staged
+    assert engine.handle("f-store") not in engine.half.stager.copies._staged
     engine.evict()
     engine.set_policy(reload="always")
     second = engine.turn(first.then(tokens("f-store2", 50)), program="f-store")

@@ -22,7 +22,7 @@ def stage(engine: Engine, name: str, salt: str | None = None) -> dict[str, Any]:
     engine.await_tier()
     turn = engine.turn(tokens(name, 700), program=name, salt=salt)
     engine.drain()
-    n_chunks = engine.half.stager._staged[engine.handle(name, salt)].n_chunks
+    n_chunks = engine.half.stager.copies._staged[engine.handle(name, salt)].n_chunks
     return {"prompt": turn.prompt, "tokens": turn.tokens, "chunks": n_chunks}
 
 

@@ -17,7 +17,7 @@ from kvtier.turns.block_pool import VllmBlockPool
 from kvtier.turns.decision_log import DecisionLog
 from kvtier.turns.reading import TierReader
 from kvtier.turns.returns import LOOKUP_DEADLINE_S, Returns
-from kvtier.turns.stage_jobs import Staged
+from kvtier.turns.staged_copies import Staged
 from kvtier.turns.staging import Stager
 from kvtier.turns.turn import Turn
 from tests.unit.fake_vllm import BLOCK_TOKENS, CHUNK_TOKENS, FakePool, FakeRequest, engine_facts
@@ -164,10 +164,10 @@ def test_a_prompt_shorter_than_a_chunk_asks_nobody(rig: Rig) -> None:
 
 def test_an_answer_corrects_what_staging_believes(rig: Rig) -> None:
     chain = rig.returns.chain_of(rig.turn(24), 24)
-    rig.stager._staged["p"] = Staged(chain, 3)
+    rig.stager.copies._staged["p"] = Staged(chain, 3)
     rig.store(8)
     assert rig.hit(rig.turn(30)) == 8
-    assert rig.stager.staged_chunks("p", chain) == 1
+    assert rig.stager.copies.chunks_of("p", chain) == 1
 
 
 def test_what_the_gpu_has_is_not_loaded(rig: Rig) -> None:

@@ -258,7 +258,7 @@ def test_the_end_hint_while_the_turn_before_is_staged(
     engine.run(follow_up(first, "r2", max_tokens=1, hints={"end": True}))
     assert engine.pool.references == {}
     assert tier.leaks() == {}
-    assert engine.half.stager._staged == {}
+    assert engine.half.stager.copies._staged == {}
     assert engine.half.returns._chains == {}
 
 
@@ -347,4 +347,4 @@ def test_programs_are_forgotten() -> None:
     assert len(engine.half.programs) == 0
     assert len(engine.half.pins) == 0
     assert engine.half.returns._chains == {}
-    assert engine.half.stager._staged == {}
+    assert engine.half.stager.copies._staged == {}

@@ -207,11 +207,11 @@ def test_new_weights_never_read_old_kv(engine: MiniEngine, tier: VirtualTier) ->
 def test_two_engines_updates_are_not_the_same_weights() -> None:
     """Each has been updated once; what one stages from then on the other must not find."""
     one, other = MiniEngine(), MiniEngine()
-    assert one.half.stager.namespace == other.half.stager.namespace
+    assert one.half.stager.copies.namespace == other.half.stager.copies.namespace
     for engine in (one, other):
         assert engine.update_weights()
-        assert engine.half.reader.namespace == engine.half.stager.namespace
-    assert one.half.stager.namespace != other.half.stager.namespace
+        assert engine.half.reader.namespace == engine.half.stager.copies.namespace
+    assert one.half.stager.copies.namespace != other.half.stager.copies.namespace
 
 
 def test_a_reset_gives_up_what_is_being_staged(engine: MiniEngine, tier: VirtualTier) -> None:
@@ -234,7 +234,7 @@ def test_new_weights_while_a_commit_is_out(engine: MiniEngine, tier: VirtualTier
         engine.step()
     assert engine.update_weights()
     engine.run()
-    assert engine.half.stager._staged == {}, "the late answer is about the old weights' KV"
+    assert engine.half.stager.copies._staged == {}, "the late answer is about the old weights' KV"
     assert tier.leaks() == {}
 
 
@@ -291,7 +291,7 @@ def test_what_is_remembered_does_not_grow_with_requests(engine: MiniEngine) -> N
             "turns": len(half._turns),
             "waiting": len(half._waiting_tokens),
             "chains": len(half.returns._chains),
-            "staged": len(half.stager._staged),
+            "staged": len(half.stager.copies._staged),
             "reads": len(half.reader._reads),
             "ops": len(half.reader._by_op),
             "futile": len(half.room._futile),

@@ -212,7 +212,7 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
         engine.step()
         engine.step()
         half = engine.half
-        left = (half._turns, half._waiting_tokens, half.stager._staged, half.returns._chains)
+        left = (half._turns, half._waiting_tokens, half.stager.copies._staged, half.returns._chains)
         assert not any(left), left
         assert len(half.programs) == 0
         assert half.pins.release_all(ReleaseCause.SHUTDOWN) == []

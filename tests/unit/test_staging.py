@@ -123,7 +123,7 @@ def test_a_turn_is_staged_in_splits(rig: Rig) -> None:
     assert [b for order in orders for b in order.block_ids] == list(range(1, 15))
     slots = [slot for order in orders for slot in order.slots[0]]
     assert len(set(slots)) == 7
-    assert rig.stager.staged_chunks("p", chain) == 7
+    assert rig.stager.copies.chunks_of("p", chain) == 7
     assert rig.stats.totals["staged_tokens"] == 7 * CHUNK_TOKENS
     assert rig.quiet
     assert rig.failures() == {}
@@ -143,12 +143,12 @@ def test_nothing_counts_before_its_commit(rig: Rig) -> None:
     chain = chunks(2)
     rig.start("t", chain)
     (order,) = rig.orders()
-    assert rig.stager.staged_chunks("p", chain) == 0
+    assert rig.stager.copies.chunks_of("p", chain) == 0
     rig.end(order)
-    assert rig.stager.staged_chunks("p", chain) == 0
+    assert rig.stager.copies.chunks_of("p", chain) == 0
     assert rig.pool.references
     rig.run()
-    assert rig.stager.staged_chunks("p", chain) == 2
+    assert rig.stager.copies.chunks_of("p", chain) == 2
 
 
 def test_blocks_are_held_until_the_last_commit(rig: Rig) -> None:
@@ -169,10 +169,10 @@ def test_splits_are_committed_in_order(rig: Rig) -> None:
     first, second = rig.orders(2)
     rig.end(second)
     rig.advance()
-    assert rig.stager.staged_chunks("p", chain) == 0
+    assert rig.stager.copies.chunks_of("p", chain) == 0
     rig.end(first)
     rig.run()
-    assert rig.stager.staged_chunks("p", chain) == 4
+    assert rig.stager.copies.chunks_of("p", chain) == 4
     assert rig.failures() == {}
     assert rig.quiet
 
@@ -217,7 +217,7 @@ def test_what_another_program_stored_is_not_copied(rig: Rig) -> None:
     assert order.slots[0][2] >= 0
     rig.start("t3", chunks(3), program="r")
     assert rig.run() == [], "all there: confirmed without a copy"
-    assert rig.stager.staged_chunks("r", chunks(3)) == 3
+    assert rig.stager.copies.chunks_of("r", chunks(3)) == 3
     assert rig.quiet
 
 
@@ -252,7 +252,7 @@ def test_cancelled_at_any_moment(rig: Rig, moment: str) -> None:
     assert rig.run() == []
     assert rig.quiet
     # A commit that was sent is proof, whatever became of the job; a copy after the fact is not.
-    assert rig.stager.staged_chunks("p", chain) == (2 if moment == "committing" else 0)
+    assert rig.stager.copies.chunks_of("p", chain) == (2 if moment == "committing" else 0)
     rig.stager.cancel("t")
 
 
@@ -263,7 +263,7 @@ def test_a_failed_copy_ends_the_job(rig: Rig) -> None:
     rig.end(order, ok=False)
     rig.run()
     assert rig.failures() == {"stage_store_copy": 1}
-    assert rig.stager.staged_chunks("p", chain) == 0
+    assert rig.stager.copies.chunks_of("p", chain) == 0
     assert rig.tier.l1.n_free == 1000
     assert rig.quiet
 
@@ -275,7 +275,7 @@ def test_a_refusal_of_the_tier_ends_the_job(rig: Rig, operation: str) -> None:
     rig.start("t", chain)
     rig.run()
     assert rig.failures() == {"stage_server_error": 1}
-    assert rig.stager.staged_chunks("p", chain) == 0
+    assert rig.stager.copies.chunks_of("p", chain) == 0
     assert rig.quiet
 
 
@@ -285,7 +285,7 @@ def test_a_full_tier_keeps_what_fitted() -> None:
     rig.start("t", chain)
     rig.run()
     assert rig.failures() == {"stage_l1_full": 1}
-    assert rig.stager.staged_chunks("p", chain) == 3
+    assert rig.stager.copies.chunks_of("p", chain) == 3
     assert rig.quiet
 
 
@@ -312,7 +312,7 @@ def test_a_lost_prefix_is_staged_again_once(rig: Rig) -> None:
     rig.tier.table.drop("ns", "p")
     rig.start("t2", chain)
     orders = rig.run()
-    assert rig.stager.staged_chunks("p", chain) == 8
+    assert rig.stager.copies.chunks_of("p", chain) == 8
     assert rig.failures() == {}
     assert orders[0].block_ids[0] == 5, "first what seemed to be missing"
     assert rig.quiet
@@ -330,7 +330,7 @@ def test_a_prefix_that_does_not_stay_is_given_up(rig: Rig) -> None:
         if not rig.stager.busy():
             break
     # Each commit says what is resident: with everything gone behind it, never the whole chain.
-    assert rig.stager.staged_chunks("p", chain) < 4
+    assert rig.stager.copies.chunks_of("p", chain) < 4
     assert not rig.stager.busy()
     assert not rig.pool.references
 
@@ -347,7 +347,7 @@ def test_two_engines_stage_the_same_chunks(rig: Rig) -> None:
     rig.tier.table.commit("other", 1, 0.0, ok=True)
     rig.run()
     assert rig.failures() == {}
-    assert rig.stager.staged_chunks("p", chain) == 8
+    assert rig.stager.copies.chunks_of("p", chain) == 8
     assert rig.quiet
 
 
@@ -360,7 +360,7 @@ def test_a_lost_tier_ends_all_jobs(rig: Rig, *, restarted: bool) -> None:
     rig.tier.lose()
     rig.advance()
     assert not rig.pool.references
-    assert rig.stager.staged_chunks("p", chain) == 0
+    assert rig.stager.copies.chunks_of("p", chain) == 0
     for order in orders:
         rig.end(order)
     rig.tier.come_back(restarted=restarted)
@@ -368,7 +368,7 @@ def test_a_lost_tier_ends_all_jobs(rig: Rig, *, restarted: bool) -> None:
     assert rig.quiet
     assert rig.start("t3", chain)
     assert len(rig.run()) == 2
-    assert rig.stager.staged_chunks("p", chain) == 4
+    assert rig.stager.copies.chunks_of("p", chain) == 4
 
 
 def test_an_order_that_waited_too_long_is_not_sent(rig: Rig) -> None:
@@ -397,11 +397,11 @@ def test_a_lookup_corrects_what_was_believed(rig: Rig) -> None:
     chain = chunks(4)
     rig.start("t", chain)
     rig.run()
-    rig.stager.correct("p", chain, 4)
-    assert rig.stager.staged_chunks("p", chain) == 4
-    rig.stager.correct("p", chain, 3)
-    assert rig.stager.staged_chunks("p", chain) == 3
-    rig.stager.correct("unknown", chain, 0)
+    rig.stager.copies.correct("p", chain, 4)
+    assert rig.stager.copies.chunks_of("p", chain) == 4
+    rig.stager.copies.correct("p", chain, 3)
+    assert rig.stager.copies.chunks_of("p", chain) == 3
+    rig.stager.copies.correct("unknown", chain, 0)
 
 
 def test_a_lookup_of_another_branch_corrects_nothing_beyond_it(rig: Rig) -> None:
@@ -409,13 +409,13 @@ def test_a_lookup_of_another_branch_corrects_nothing_beyond_it(rig: Rig) -> None
     chain = chunks(4)
     rig.start("t", chain)
     rig.run()
-    rig.stager.correct("p", chunks(2), 2)
-    assert rig.stager.staged_chunks("p", chain) == 4
+    rig.stager.copies.correct("p", chunks(2), 2)
+    assert rig.stager.copies.chunks_of("p", chain) == 4
     branch = chain_of([*range(2 * CHUNK_TOKENS), *range(900, 900 + 2 * CHUNK_TOKENS)])
-    rig.stager.correct("p", branch, 2)
-    assert rig.stager.staged_chunks("p", chain) == 4
-    rig.stager.correct("p", branch, 1)
-    assert rig.stager.staged_chunks("p", chain) == 1
+    rig.stager.copies.correct("p", branch, 2)
+    assert rig.stager.copies.chunks_of("p", chain) == 4
+    rig.stager.copies.correct("p", branch, 1)
+    assert rig.stager.copies.chunks_of("p", chain) == 1
 
 
 @pytest.mark.parametrize("how", ["program", "all"])
@@ -435,8 +435,8 @@ def test_what_is_forgotten_does_not_come_back(rig: Rig, how: str, moment: str) -
     if moment == "copying":
         rig.end(order)
     rig.run()
-    assert rig.stager.staged_chunks("p", chain) == 0
-    assert rig.stager._staged == {}, "memory would grow with every program that ends"
+    assert rig.stager.copies.chunks_of("p", chain) == 0
+    assert rig.stager.copies._staged == {}, "memory would grow with every program that ends"
     assert rig.quiet
 
 
@@ -445,7 +445,7 @@ def test_a_forgotten_program_leaves_others_alone(rig: Rig) -> None:
     rig.start("u", chunks(2, tail=1), program="q", first_block=20)
     rig.stager.forget("p")
     rig.run()
-    assert rig.stager.staged_chunks("q", chunks(2, tail=1)) == 2
+    assert rig.stager.copies.chunks_of("q", chunks(2, tail=1)) == 2
 
 
 def test_events_and_results_of_others_are_left_to_them(rig: Rig) -> None:

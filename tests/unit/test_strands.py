@@ -74,15 +74,15 @@ def test_staging_a_sub_agent_leaves_the_main_conversation_staged(rig: Rig) -> No
     rig.start("main", main)
     rig.start("helper", helper, first_block=20)
     rig.run()
-    assert rig.stager.staged_chunks("p", main) == len(main)
-    assert rig.stager.staged_chunks("p", helper) == len(helper)
+    assert rig.stager.copies.chunks_of("p", main) == len(main)
+    assert rig.stager.copies.chunks_of("p", helper) == len(helper)
     assert not rig.tier.table._orphans, "the tier would give these up before anything else"
     # Only what the lookup of one conversation tells about the other is believed.
-    rig.stager.correct("p", helper, 3)
-    assert rig.stager.staged_chunks("p", helper) == 3
-    assert rig.stager.staged_chunks("p", main) == len(main)
-    rig.stager.correct("p", helper, 1)
-    assert rig.stager.staged_chunks("p", main) == 1
+    rig.stager.copies.correct("p", helper, 3)
+    assert rig.stager.copies.chunks_of("p", helper) == 3
+    assert rig.stager.copies.chunks_of("p", main) == len(main)
+    rig.stager.copies.correct("p", helper, 1)
+    assert rig.stager.copies.chunks_of("p", main) == 1
     rig.stager.forget("p")
-    assert rig.stager._staged == {}
+    assert rig.stager.copies._staged == {}
     assert rig.quiet

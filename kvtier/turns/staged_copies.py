@@ -1,0 +1,111 @@
+"""What the CPU tier is known to hold of each program: what commits have confirmed, until a lookup sees less."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvtier.turns.strands import Strands
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvtier.backend import TierBackend
+    from kvtier.chunk_keys import ChunkChain
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A conversation's confirmed KV in the tier: the first `n_chunks` chunks of `chain`."""
+
+    chain: ChunkChain
+    n_chunks: int
+
+
+class StagedCopies:
+    """The copies of all programs, by the name of each conversation in the tier.
+
+    Attributes:
+        namespace: Under which the tier keeps them.
+        strands: The names of a program's conversations.
+    """
+
+    def __init__(self, tier: TierBackend, namespace: str) -> None:
+        self.namespace = namespace
+        self.strands = Strands()
+        self._tier = tier
+        self._staged: dict[str, Staged] = {}
+
+    def __contains__(self, strand: str) -> bool:
+        """Whether anything is known to be staged under this name."""
+        return strand in self._staged
+
+    def __len__(self) -> int:
+        """Return the number of copies."""
+        return len(self._staged)
+
+    def chunks_of(self, program: str, chain: ChunkChain) -> int:
+        """How many leading chunks of `chain` the tier has confirmed for this program."""
+        confirmed = (self._staged.get(name) for name in self.strands.names(program))
+        return max(
+            (min(s.n_chunks, s.chain.common_chunks(chain)) for s in confirmed if s is not None),
+            default=0,
+        )
+
+    def confirmed_chunks(self, strand: str) -> int:
+        """Chunks of the conversation's last staged chain that the tier has confirmed."""
+        staged = self._staged.get(strand)
+        return staged.n_chunks if staged is not None else 0
+
+    def confirm(self, strand: str, chain: ChunkChain, n_chunks: int) -> int:
+        """A commit has confirmed the first `n_chunks` of `chain`; returns how many more that are than before."""
+        before = self.confirmed_chunks(strand)
+        self._staged[strand] = Staged(chain, n_chunks)
+        return max(0, n_chunks - before)
+
+    def correct(self, program: str, chain: ChunkChain, resident_chunks: int) -> None:
+        """A lookup of `chain` has seen how much of it is really there.
+
+        Only what the chain shares with a staged one tells: a sub-agent's prompt may share little.
+        """
+        for name in self.strands.names(program):
+            staged = self._staged.get(name)
+            if staged is None:
+                continue
+            if resident_chunks < min(staged.n_chunks, staged.chain.common_chunks(chain)):
+                self._staged[name] = Staged(staged.chain, resident_chunks)
+
+    def mark_running(self, program: str, chain_of: Callable[[], ChunkChain]) -> str | None:
+        """A turn of the program has started, so the tier may rather do without what it holds of it.
+
+        Args:
+            program: The program.
+            chain_of: Returns the chain of the turn's prompt; called where it tells which of several
+                conversations goes on.
+
+        Returns:
+            The copy's name, for `mark_paused`; None where nothing is staged.
+        """
+        names = [name for name in self.strands.names(program) if name in self._staged]
+        if not names:
+            return None
+        name = names[0] if len(names) == 1 else self.strands.find(program, chain_of())
+        if name not in self._staged:
+            return None
+        self._tier.mark_running(self.namespace, name, running=True)
+        return name
+
+    def mark_paused(self, name: str) -> None:
+        """The turn has ended: what the tier holds of it is worth keeping again."""
+        self._tier.mark_running(self.namespace, name, running=False)
+
+    def forget(self, program: str) -> None:
+        """The program is over."""
+        for name in self.strands.names(program):
+            self._staged.pop(name, None)
+        self.strands.forget(program)
+
+    def clear(self) -> None:
+        """Nothing is known to be staged any more."""
+        self._staged.clear()
+        self.strands.clear()
