@@ -4,7 +4,7 @@ LMCache (`lmcache_bridge`) implements it for engines; replay and the model check
 
 Everything is asynchronous: a call starts something and returns an id, the answer is an event from
 `poll()`. No call blocks. Every started operation ends in exactly one event (also when the server is
-away: then in `OperationFailed`), except `trim`, `drop` and `mark_running`, which are fire-and-forget.
+away: then in `OperationFailed`), except `trim`, `drop` and `mark`, which are fire-and-forget.
 
 Life cycle of a read: `lookup` -> `LookupDone` (hit chunks are locked) -> `trim` to what is loaded, an
 empty range unlocks all. Of a write: `reserve` -> `ReserveDone` (slots) -> copy -> `commit` ->
@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
+
+Activity = Literal["paused", "waiting", "running"]
 
 
 class TierState(StrEnum):
@@ -120,8 +122,12 @@ class TierBackend(Protocol):
     def drop(self, namespace: str, program: str) -> None:
         """The program is over: free what only it used."""
 
-    def mark_running(self, namespace: str, program: str, *, running: bool) -> None:
-        """A turn has the program's KV in GPU memory, or has ended: what the copy is worth meanwhile."""
+    def mark(self, namespace: str, program: str, activity: Activity) -> None:
+        """What the program does, and so what its copy is worth.
+
+        `paused`, as after a commit; `waiting`: a turn has come and needs the copy; `running`: a turn has
+        the KV in GPU memory, and the copy is of little use.
+        """
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
         """Events since the last call, in order; waits up to `wait_s` for one if there is none.
@@ -175,7 +181,7 @@ class NoTier:
     def drop(self, namespace: str, program: str) -> None:
         """Nothing is held."""
 
-    def mark_running(self, namespace: str, program: str, *, running: bool) -> None:
+    def mark(self, namespace: str, program: str, activity: Activity) -> None:
         """Nothing is held."""
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:  # noqa: ARG002

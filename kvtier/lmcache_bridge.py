@@ -22,6 +22,7 @@ import zmq
 
 from kvtier import wire
 from kvtier.backend import (
+    Activity,
     CommitDone,
     LookupDone,
     OperationFailed,
@@ -169,9 +170,9 @@ class LMCacheBridge:
         """See `TierBackend.drop`."""
         self._send(lambda i: wire.Drop(i, namespace, program), expect_event=False)
 
-    def mark_running(self, namespace: str, program: str, *, running: bool) -> None:
-        """See `TierBackend.mark_running`."""
-        self._send(lambda i: wire.Running(i, namespace, program, running), expect_event=False)
+    def mark(self, namespace: str, program: str, activity: Activity) -> None:
+        """See `TierBackend.mark`."""
+        self._send(lambda i: wire.Mark(i, namespace, program, activity), expect_event=False)
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
         """See `TierBackend.poll`."""

@@ -13,7 +13,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from kvtier.admission_facts import AdmissionView
-from kvtier.backend import TierBackend, TierState
+from kvtier.backend import Activity, TierBackend, TierState
 from kvtier.gpu_pin import PinTable, ReleaseCause
 from kvtier.orders import OrderIds, StepOrders
 from kvtier.turns.answers import Answers
@@ -202,6 +202,17 @@ class SchedulerHalf:
             ),
             now_s=now_s,
         )
+        self._mark(turn, "waiting")
+
+    def _mark(self, turn: Turn, activity: Activity) -> None:
+        """Tell the tier that a turn needs what it holds of the program, or has it now."""
+        readable = self.returns.readable_tokens(turn)
+        if readable:
+            turn.copy = self.stager.copies.find(
+                turn.program, lambda: self.returns.chain_of(turn, readable)
+            )
+        if turn.copy is not None:
+            self.stager.copies.mark(turn.copy, activity)
 
     def program_age_s(self, request: Any) -> float | None:
         """See `Arrivals.program_age_s`."""
@@ -262,10 +273,7 @@ class SchedulerHalf:
             self.policy.observe_wait(turn.predicted_wait_s, now_s - turn.arrived_s)
             self.admission.on_started(request.request_id)
             self.deferrals.started()
-            turn.running_copy = self.stager.copies.mark_running(
-                turn.program,
-                lambda: self.returns.chain_of(turn, self.returns.readable_tokens(turn)),
-            )
+            self._mark(turn, "running")
         if not turn.counted:
             turn.counted = True
             self.returns.count_sources(turn, pinned_tokens, external_tokens)
@@ -281,8 +289,8 @@ class SchedulerHalf:
         turn = self._turns.pop(request.request_id, None)
         if turn is None:
             return None
-        if turn.running_copy is not None:
-            self.stager.copies.mark_paused(turn.running_copy)
+        if turn.copy is not None:
+            self.stager.copies.mark(turn.copy, "paused")
         now_s = self._clock()
         reusable = reusable_blocks(
             request,

@@ -264,10 +264,8 @@ class KVTierModule:
                 return wire.CommitReply(request.id, self._generation, resident)
             case wire.Drop():
                 table.drop(request.namespace, request.program)
-            case wire.Running():
-                table.mark_running(
-                    owner, request.namespace, request.program, running=request.running
-                )
+            case wire.Mark():
+                table.mark(owner, request.namespace, request.program, request.activity)
             case wire.Status():
                 return self._status(request.id)
             case _:

@@ -11,6 +11,8 @@ Each request has an `id` chosen by the engine; its reply carries the same id. Ch
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 API_VERSION = 2
@@ -86,13 +88,13 @@ class Drop(_Message, frozen=True):
     program: str
 
 
-class Running(_Message, frozen=True):
-    """A turn of the program has its KV in GPU memory from now on, or (`running` false) no longer."""
+class Mark(_Message, frozen=True):
+    """What the program does: `paused`, `waiting` (to run, so it needs its KV) or `running` (it has it)."""
 
     id: int
     namespace: str
     program: str
-    running: bool
+    activity: Literal["paused", "waiting", "running"]
 
 
 class Status(_Message, frozen=True):
@@ -165,7 +167,7 @@ class Ack(_Message, frozen=True):
     id: int
 
 
-Request = Hello | Lookup | Trim | Reserve | Commit | Drop | Running | Status
+Request = Hello | Lookup | Trim | Reserve | Commit | Drop | Mark | Status
 Reply = Failed | HelloReply | LookupReply | ReserveReply | CommitReply | StatusReply | Ack
 
 encoder = msgspec.msgpack.Encoder()

@@ -1,7 +1,7 @@
 """The reference `oracle`: kvtier told at each pause how long it will last, and which is the last one.
 
-The truth travels in the name of the tool, and the gap curve of such a name is a step at that time. Everything
-else is kvtier as it is. A pause in which sub-agents run is told as if they took no time.
+The truth travels in the name of the tool, and the gap curve of such a name is a step at that time; the last turn
+of a program or sub-agent calls none, and nobody returns after it. Everything else is kvtier as it is. A pause in which sub-agents run is told as if they took no time.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ def tell(sim: Any) -> None:
     sim.half.policy.ttl.away = _away
 
 
-def _tool_of(chain: Chain) -> str:
+def _tool_of(chain: Chain) -> str | None:
     if chain.index + 1 == len(chain.turns):
-        return f"{_PREFIX}never"
+        return None
     return f"{_PREFIX}{chain.turn.gap_s!r}"
 
 
 def _away(tool: str | None) -> SurvivalCurve:
-    told = (tool or "").removeprefix(_PREFIX)
-    if told in ("", "never"):
+    if tool is None:
         return _NEVER
-    return SurvivalCurve((max(MIN_GAP_S, float(told)),), (0.0,))
+    return SurvivalCurve((max(MIN_GAP_S, float(tool.removeprefix(_PREFIX))),), (0.0,))

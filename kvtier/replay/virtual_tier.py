@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from kvtier.backend import (
+    Activity,
     CommitDone,
     LookupDone,
     OperationFailed,
@@ -101,9 +102,9 @@ class VirtualTier:
         """See `TierBackend`."""
         self.table.drop(namespace, program)
 
-    def mark_running(self, namespace: str, program: str, *, running: bool) -> None:
+    def mark(self, namespace: str, program: str, activity: Activity) -> None:
         """See `TierBackend`."""
-        self.table.mark_running(_OWNER, namespace, program, running=running)
+        self.table.mark(_OWNER, namespace, program, activity)
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:  # noqa: ARG002
         """See `TierBackend`."""

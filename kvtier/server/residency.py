@@ -8,7 +8,8 @@ Terms:
 - **chunk**: the KV of `chunk_tokens` tokens of one rank, in one slot of the shared region.
 - **chain**: a program's chunk keys in order; key i covers everything up to chunk i, so a chain is only
   useful up to its first missing chunk, and is evicted from its tail.
-- **running**: an engine has the program's KV in its GPU memory for a turn.
+- **activity**: a program pauses, waits to run (and needs its copy then), or runs: an engine has its KV in GPU
+  memory for a turn.
 - **lease**: the time for which a program's value holds. Leased chunks go only to make room for something
   worth more per byte; chunks without a live lease go first.
 
@@ -20,9 +21,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kvtier.wire import split_keys
+
+if TYPE_CHECKING:
+    from kvtier.backend import Activity
 
 DISPLACE_MARGIN = 1.25
 """A leased program is displaced only by one worth this much more per byte: no thrash between equals."""
@@ -79,13 +83,21 @@ class _Program:
     used_s: float = 0.0
     slot_bytes: int = 1
     ranks: int = 1
-    running_on: str | None = None
+    activity: Activity = "paused"
+    active_on: str = ""
 
     def worth(self, now_s: float) -> float:
-        """Value per byte, the less the longer nobody has used it, seconds/byte."""
-        if self.running_on is not None:
-            return self.density * RUNNING_WORTH
+        """Value per byte, while the program pauses the less the longer it does, seconds/byte."""
+        match self.activity:
+            case "running":
+                return self.density * RUNNING_WORTH
+            case "waiting":
+                return self.density
         return self.density / (1.0 + max(0.0, now_s - self.used_s) / IDLE_SCALE_S)
+
+    def is_leased(self, now_s: float) -> bool:
+        """Whether it goes only for something of more worth."""
+        return self.lease_until_s > now_s or self.activity == "waiting"
 
 
 @dataclass(slots=True)
@@ -255,21 +267,18 @@ class ResidencyTable:
             if (namespace, key) in self._orphans and not self._locked.get((namespace, key)):
                 self._free((namespace, key))
 
-    def mark_running(self, owner: str, namespace: str, program: str, *, running: bool) -> None:
-        """Note that a program's turn runs in an engine, or does so no longer; unknown ones are ignored."""
+    def mark(self, owner: str, namespace: str, program: str, activity: Activity) -> None:
+        """Note what a program does in an engine; programs without chunks are ignored."""
         record = self._programs.get((namespace, program))
-        if record is None:
-            return
-        if running:
-            record.running_on = owner
-        elif record.running_on == owner:
-            record.running_on = None
+        # That it pauses in one engine says nothing of another, to which its client has turned.
+        if record is not None and (activity != "paused" or record.active_on == owner):
+            record.activity, record.active_on = activity, owner
 
     def owner_gone(self, owner: str) -> None:
         """An engine died: release its locks, discard its reservations. Its chains stay for others."""
         for record in self._programs.values():
-            if record.running_on == owner:
-                record.running_on = None
+            if record.active_on == owner:
+                record.activity = "paused"
         for ref in [ref for ref in self._locks if ref[0] == owner]:
             lock = self._locks.pop(ref)
             self._unlock(lock, lock.keys)
@@ -363,9 +372,7 @@ class ResidencyTable:
                 (record.worth(now_s), record.used_s, ref)
                 for ref, record in self._programs.items()
                 if ref != own
-                and (
-                    record.lease_until_s <= now_s or record.worth(now_s) * DISPLACE_MARGIN < density
-                )
+                and (not record.is_leased(now_s) or record.worth(now_s) * DISPLACE_MARGIN < density)
             ),
             key=lambda victim: victim[:2],
         )

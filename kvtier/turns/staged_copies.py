@@ -10,7 +10,7 @@ from kvtier.turns.strands import Strands
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvtier.backend import TierBackend
+    from kvtier.backend import Activity, TierBackend
     from kvtier.chunk_keys import ChunkChain
 
 
@@ -75,29 +75,23 @@ class StagedCopies:
             if resident_chunks < min(staged.n_chunks, staged.chain.common_chunks(chain)):
                 self._staged[name] = Staged(staged.chain, resident_chunks)
 
-    def mark_running(self, program: str, chain_of: Callable[[], ChunkChain]) -> str | None:
-        """A turn of the program has started, so the tier may rather do without what it holds of it.
+    def find(self, program: str, chain_of: Callable[[], ChunkChain]) -> str | None:
+        """The name of the copy that a turn of the program goes on from; None where nothing is staged.
 
         Args:
             program: The program.
             chain_of: Returns the chain of the turn's prompt; called where it tells which of several
                 conversations goes on.
-
-        Returns:
-            The copy's name, for `mark_paused`; None where nothing is staged.
         """
         names = [name for name in self.strands.names(program) if name in self._staged]
-        if not names:
-            return None
-        name = names[0] if len(names) == 1 else self.strands.find(program, chain_of())
-        if name not in self._staged:
-            return None
-        self._tier.mark_running(self.namespace, name, running=True)
-        return name
+        if len(names) <= 1:
+            return names[0] if names else None
+        name = self.strands.find(program, chain_of())
+        return name if name in self._staged else None
 
-    def mark_paused(self, name: str) -> None:
-        """The turn has ended: what the tier holds of it is worth keeping again."""
-        self._tier.mark_running(self.namespace, name, running=False)
+    def mark(self, name: str, activity: Activity) -> None:
+        """Tell the tier what the program does, and so what the copy is worth."""
+        self._tier.mark(self.namespace, name, activity)
 
     def forget(self, program: str) -> None:
         """The program is over."""

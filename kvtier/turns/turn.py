@@ -31,7 +31,7 @@ class Turn:
         counted: Whether its prompt tokens were counted by source.
         uncounted_load_tokens: Prompt tokens whose source depends on how their load ends.
         bypass_tier: A load failed or an answer was late: recompute, do not ask again.
-        running_copy: Name of the tier's copy of its KV, while it runs and there is one.
+        copy: Name of the tier's copy of its KV, where there was one when it came or started.
     """
 
     request: Any
@@ -50,7 +50,7 @@ class Turn:
     counted: bool = False
     uncounted_load_tokens: int = 0
     bypass_tier: bool = False
-    running_copy: str | None = None
+    copy: str | None = None
 
     @property
     def request_id(self) -> str:

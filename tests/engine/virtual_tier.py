@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 from kvtier.backend import (
+    Activity,
     CommitDone,
     LookupDone,
     OperationFailed,
@@ -177,8 +178,8 @@ class VirtualTier:
         del namespace
         self.dropped.append(program)
 
-    def mark_running(self, namespace: str, program: str, *, running: bool) -> None:
-        del namespace, program, running
+    def mark(self, namespace: str, program: str, activity: Activity) -> None:
+        del namespace, program, activity
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
         del now_s, wait_s

@@ -114,8 +114,8 @@ class Server(threading.Thread):
                 return wire.CommitReply(r.id, self.generation, resident)
             case wire.Drop():
                 self.table.drop(r.namespace, r.program)
-            case wire.Running():
-                self.table.mark_running(owner, r.namespace, r.program, running=r.running)
+            case wire.Mark():
+                self.table.mark(owner, r.namespace, r.program, r.activity)
         return wire.Ack(request.id)
 
 
@@ -239,10 +239,9 @@ def test_store_read_and_forget(server: Server, client: Client) -> None:
     client.bridge.trim(found.op_id, 1, 2)
     client.until(lambda: server.table.counts()["locked_chunks"] == 1)
     client.bridge.trim(found.op_id, 0, 0)
-    client.bridge.mark_running(NS, "p", running=True)
-    client.until(lambda: server.table._programs[NS, "p"].running_on is not None)
-    client.bridge.mark_running(NS, "p", running=False)
-    client.until(lambda: server.table._programs[NS, "p"].running_on is None)
+    for activity in ("waiting", "running", "paused"):
+        client.bridge.mark(NS, "p", activity)
+        client.until(lambda: server.table._programs[NS, "p"].activity == activity)  # noqa: B023
     client.bridge.drop(NS, "p")
     client.until(lambda: server.table.counts()["chunks"] == 0)
     assert client.bridge.state is TierState.READY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from hashlib import blake2b
+from typing import get_args
 
 import pytest
 from hypothesis import settings
@@ -16,6 +17,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from kvtier.backend import Activity
 from kvtier.server.residency import DISPLACE_MARGIN, IDLE_SCALE_S, ChunkId, ResidencyTable
 from kvtier.wire import KEY_BYTES, split_keys
 from tests.unit.fake_l1 import FakeL1
@@ -242,9 +244,21 @@ def test_the_copy_of_a_program_that_runs_goes_first() -> None:
     tier = Tier(4)
     tier.store("runs", "ab", value_s=3.0)
     tier.store("pauses", "cd", value_s=2.0)
-    tier.table.mark_running("e", NS, "runs", running=True)
+    tier.table.mark("e", NS, "runs", "running")
     assert tier.store("new", "xy", value_s=1.0) == 2
     assert (tier.hit("ab"), tier.hit("cd")) == (0, 2)
+
+
+def test_what_a_waiting_turn_needs_loses_neither_worth_nor_lease() -> None:
+    tier = Tier(4)
+    tier.store("waits", "ab", value_s=2.0, lease_s=1.0)
+    tier.store("pauses", "cd", value_s=2.0, lease_s=1.0)
+    tier.table.mark("e", NS, "waits", "waiting")
+    tier.now_s = 100 * IDLE_SCALE_S
+    assert tier.store("new", "xy", value_s=1.0) == 2
+    assert (tier.hit("ab"), tier.hit("cd")) == (2, 0)
+    assert tier.store("newer", "mn", value_s=2.0) == 2, "the other new one is worth less"
+    assert (tier.hit("ab"), tier.hit("xy")) == (2, 0)
 
 
 @pytest.mark.parametrize("ends", ["paused", "engine gone"])
@@ -252,13 +266,13 @@ def test_the_copy_of_a_program_that_has_run_is_worth_as_much_as_before(ends: str
     tier = Tier(4)
     tier.store("has run", "ab", value_s=3.0)
     tier.store("pauses", "cd", value_s=2.0)
-    tier.table.mark_running("e", NS, "has run", running=True)
+    tier.table.mark("e", NS, "has run", "running")
     # What another engine says of its own turns is another matter.
-    tier.table.mark_running("other", NS, "has run", running=False)
-    tier.table.mark_running("e", NS, "nobody knows", running=True)
-    assert tier.table._programs[NS, "has run"].running_on == "e"
+    tier.table.mark("other", NS, "has run", "paused")
+    tier.table.mark("e", NS, "nobody knows", "running")
+    assert tier.table._programs[NS, "has run"].activity == "running"
     if ends == "paused":
-        tier.table.mark_running("e", NS, "has run", running=False)
+        tier.table.mark("e", NS, "has run", "paused")
     else:
         tier.table.owner_gone("e")
     assert tier.store("new", "xy", value_s=1.0) is None
@@ -502,9 +516,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         kept = {ref: what for ref, what in self.reservations.items() if ref[0] != owner}
         self.reservations = kept
 
-    @rule(program=programs, owner=owners, running=st.booleans())
-    def mark_running(self, program: str, owner: str, running: bool) -> None:
-        self.tier.table.mark_running(owner, NS, program, running=running)
+    @rule(program=programs, owner=owners, activity=st.sampled_from(get_args(Activity)))
+    def mark(self, program: str, owner: str, activity: Activity) -> None:
+        self.tier.table.mark(owner, NS, program, activity)
 
     @rule(seconds=st.sampled_from([1.0, 6.0]))
     def wait(self, seconds: float) -> None:

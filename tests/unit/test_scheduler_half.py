@@ -199,22 +199,33 @@ def test_a_sub_agent_does_not_take_its_parents_pin(engine: MiniEngine) -> None:
     assert_nothing_held(engine)
 
 
-def test_the_tier_is_told_which_of_its_programs_run(engine: MiniEngine, tier: VirtualTier) -> None:
+def test_the_tier_is_told_what_its_programs_do(engine: MiniEngine, tier: VirtualTier) -> None:
     first = turn("r1", prompt(30))
     engine.run(first)
-    assert tier.running == [], "the tier has nothing of it while it runs"
+    assert tier.marked == [], "the tier has nothing of it while it runs"
     (name,) = (name for _, name in tier.table._programs)
     second = follow_up(first, "r2")
     engine.run(second)
-    assert tier.running == [(name, True), (name, False)]
+    assert tier.marked == [(name, "waiting"), (name, "running"), (name, "paused")]
     third = follow_up(second, "r3")
     engine.half.before_reset()
     engine.half.reset_tier()
     engine.run(third)
-    assert tier.running[2:] == [], "nor of what was computed before the weights changed"
+    assert tier.marked[3:] == [], "nor of what was computed before the weights changed"
 
 
-def test_of_parallel_conversations_the_one_that_runs_is_told(
+def test_a_turn_that_goes_before_it_starts_is_waited_for_no_longer(
+    engine: MiniEngine, tier: VirtualTier
+) -> None:
+    first = turn("r1", prompt(30))
+    engine.run(first)
+    second = follow_up(first, "r2")
+    engine.add(second)
+    engine.abort("r2")
+    assert [activity for _, activity in tier.marked] == ["waiting", "paused"]
+
+
+def test_of_parallel_conversations_the_one_that_goes_on_is_told(
     engine: MiniEngine, tier: VirtualTier
 ) -> None:
     parent = turn("parent", prompt(30))
@@ -223,13 +234,13 @@ def test_of_parallel_conversations_the_one_that_runs_is_told(
     engine.run(child)
     names = {name for _, name in tier.table._programs}
     assert len(names) == 2
-    del tier.running[:]
+    del tier.marked[:]
     engine.run(follow_up(child, "next"))
-    ((of_child, _), (again, running)) = tier.running
-    assert of_child == again
-    assert not running
+    (of_child,) = {name for name, _ in tier.marked}
+    assert len(tier.marked) == 3
     engine.run(follow_up(parent, "after"))
-    assert {name for name, _ in tier.running} == names
+    assert {name for name, _ in tier.marked} == names
+    assert {name for name, _ in tier.marked[3:]} == names - {of_child}
 
 
 # -- hints and settings ----------------------------------------------------------------------------

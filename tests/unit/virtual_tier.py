@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvtier.backend import (
+    Activity,
     CommitDone,
     LookupDone,
     OperationFailed,
@@ -38,7 +39,7 @@ class VirtualTier:
     Attributes:
         fail: Asked for each operation (`lookup`, `reserve`, `commit`); a reason fails it.
         dropped: (namespace, program) that were dropped.
-        running: (program, whether it runs) as it was marked.
+        marked: (program, what it does) as it was told.
         table: The server's bookkeeping, replaced when the server restarts.
         l1: The server's memory.
     """
@@ -50,7 +51,7 @@ class VirtualTier:
         self.answer_after = answer_after
         self.fail: Callable[[str], str | None] = lambda _: None
         self.dropped: list[tuple[str, str]] = []
-        self.running: list[tuple[str, bool]] = []
+        self.marked: list[tuple[str, str]] = []
         self.closed = False
         self._n_slots = n_slots
         self._ranks = ranks
@@ -171,10 +172,10 @@ class VirtualTier:
         if self.state is TierState.READY:
             self.table.drop(namespace, program)
 
-    def mark_running(self, namespace: str, program: str, *, running: bool) -> None:
-        self.running.append((program, running))
+    def mark(self, namespace: str, program: str, activity: Activity) -> None:
+        self.marked.append((program, activity))
         if self.state is TierState.READY:
-            self.table.mark_running(self._owner, namespace, program, running=running)
+            self.table.mark(self._owner, namespace, program, activity)
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
         self._now_s = now_s
