@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,7 +21,12 @@ from kvtier.replay.baselines.ttl_const import TtlConstPolicy
 from kvtier.replay.machine import GpuSpec, Machine, ModelSpec
 from kvtier.replay.policies import policy
 from kvtier.replay.simulation import Replayed, Simulation
-from kvtier.replay.workload import Child, Program, Run, Turn
+from kvtier.replay.text import shared_tokens
+from kvtier.replay.workload import Child, Limits, Program, Run, Turn
+from kvtier.replay.workloads import source
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.engine
 
@@ -89,6 +95,10 @@ def replay(name: str, on: Machine, workload: list[Program]) -> tuple[Simulation,
     return sim, result
 
 
+def sizes(program: Program) -> list[tuple[int, int]]:
+    return [(turn.prompt_tokens, turn.output_tokens) for turn in program.turns]
+
+
 def cpu_tokens(result: Replayed) -> int:
     return sum(turn.cpu_tokens for turn in result.turns)
 
@@ -101,6 +111,30 @@ def test_programs_end_and_two_runs_are_the_same(name: str) -> None:
     assert first.ended_s == second.ended_s
     assert (first.steps, first.preemptions) == (second.steps, second.preemptions)
     assert first.link_bytes == second.link_bytes
+
+
+def test_what_kvtier_records_is_what_was_replayed(tmp_path: Path) -> None:
+    file = tmp_path / "turns.jsonl"
+    spec = policy("kvtier")
+    spec = replace(spec, settings={**spec.settings, "kvtier.record_file": str(file)})
+    workload = programs()
+    result = Simulation(spec, machine(), workload).run()
+    assert not any(program.name in file.read_text() for program in workload)
+    recorded = source.load(str(file), seed=0, limits=Limits(), programs=None)
+    assert len(recorded) == len(workload)
+    # Programs that came in one step are told in the order of their ends.
+    told_by_sizes = sorted(recorded, key=sizes)
+    for before, after in zip(sorted(workload, key=sizes), told_by_sizes, strict=True):
+        assert sizes(after) == sizes(before)
+        # A request is seen when the step under way has ended.
+        for was, told in zip(before.turns[:-1], after.turns[:-1], strict=True):
+            assert -0.01 < told.gap_s - was.gap_s < 0.5
+    assert sum(len(program.turns) for program in recorded) == len(result.turns)
+    # Each prompt continues the one before, as it did.
+    for program in recorded:
+        for turn, following in zip(program.turns, program.turns[1:], strict=False):
+            assert shared_tokens(turn.prompt, following.prompt) == turn.prompt_tokens
+    assert Simulation(policy("kvtier"), machine(), recorded).run().steps > 0
 
 
 @pytest.mark.parametrize("name", ALL)
