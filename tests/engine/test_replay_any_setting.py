@@ -1,6 +1,6 @@
 """No setting of kvtier, and no policy, stalls: every program completes, and every block comes back.
 
-By default some tens of random configurations; `KVTIER_CONFIGURATIONS=200 pytest tests/engine/test_replay_any_setting.py`
+By default some tens of random configurations; `TEST_CONFIGURATIONS=200 pytest tests/engine/test_replay_any_setting.py`
 for more. Configuration i is the same on every machine.
 """
 
@@ -27,7 +27,7 @@ from tests.engine.test_replay_engine import BLOCK_TOKENS, GPU, MODEL
 
 pytestmark = pytest.mark.engine
 
-N_CONFIGURATIONS: Final = int(os.environ.get("KVTIER_CONFIGURATIONS", "40"))
+N_CONFIGURATIONS: Final = int(os.environ.get("TEST_CONFIGURATIONS", "60"))
 MAX_BATCH: Final = 8
 SETTINGS: Final[dict[str, tuple[Any, ...]]] = {
     "ttl_policy": ("auto", "fixed"),
@@ -74,6 +74,10 @@ def configuration(number: int) -> tuple[str, dict[str, Any], Machine, list[Progr
     chosen = {
         key: chance.choice(values) for key, values in SETTINGS.items() if chance.random() < 0.5
     }
+    if chosen.get("ttl_policy") == "fixed":
+        # A fixed TTL above the limit is refused.
+        chosen.setdefault("ttl_fixed_s", 1.0)
+        chosen["max_ttl_s"] = max(chosen.get("max_ttl_s", 600.0), chosen["ttl_fixed_s"])
     # The longest program has 12 turns: 100 + 300 tokens, and 100 more a turn.
     longest_blocks = (400 + 12 * 100) // BLOCK_TOKENS + 2
     block_bytes = int(BLOCK_TOKENS * MODEL.kv_bytes_per_token)
