@@ -268,6 +268,8 @@ def main() -> None:
     parser.add_argument("--again", type=_names, default=[])
     parser.add_argument("--settings", type=json.loads, default={})
     asked = parser.parse_args()
+    if asked.settings and asked.runs:
+        parser.error("--runs keeps figures of the default settings only: leave out one of the two")
     known = read_runs(asked.runs)
     wanted = [
         (cell, int(seed), policy)

@@ -272,7 +272,7 @@ class AdmissionController(Generic[Key]):
 
     def _patience_s(self) -> float:
         longest_s = self._longest_patience_s()
-        if self._view.round_s <= 0:
+        if self._view.round_s <= 0 or self.config.aging_s == 0:
             return longest_s
         return min(longest_s, max(MIN_PATIENCE_S, self._view.round_s))
 
@@ -307,10 +307,10 @@ class AdmissionController(Generic[Key]):
         """Whether a request that comes first in order is itself able to start."""
         lines = (self._first(line, now_s, idle=idle) for line in _LINES)
         aged = [one for one in lines if one is not None and self._is_aged(one, now_s)]
-        if aged:
-            return min(one.line for one in aged) < entry.line
         if self._is_aged(entry, now_s):
-            return False
+            return any(one.line < entry.line for one in aged)
+        if aged:
+            return True
         for heap in (_RETURNING, _NEW):
             other = self._first(heap, now_s, idle=idle)
             if other is None or other.order >= entry.order:
@@ -354,7 +354,10 @@ class AdmissionController(Generic[Key]):
 
     def _expected_peak_blocks(self, blocks: int) -> float:
         if self._peak_blocks is None or self._peak_blocks[0] != blocks:
-            self._peak_blocks = blocks, self._forecast.peak_blocks(blocks, self._now_s)
+            self._peak_blocks = (
+                blocks,
+                self._forecast.peak_blocks(blocks, self._now_s, self._view.total_blocks),
+            )
         return self._peak_blocks[1]
 
     def _is_aged(self, entry: _Waiting[Key], now_s: float) -> bool:

@@ -88,8 +88,8 @@ def record(
     tool and its prompt's content, with a key that is kept nowhere. No text is recorded.
     """
     path = file.expanduser().resolve()
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        _stop(f"{file}: accepted is a file in a directory that exists and can be written")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        _stop(f"{file}: accepted is a file that can be written, in a directory that exists")
     _serve(model, context.args, dry_run=dry_run, record_file=str(path))
 
 

@@ -18,6 +18,7 @@ Time is a parameter; nothing here reads a clock.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -178,12 +179,13 @@ class DemandForecast(Generic[Key]):
         """A program is over or forgotten; how long its episode would have been, nobody knows."""
         self._programs.pop(program, None)
 
-    def peak_blocks(self, new_blocks: int, now_s: float) -> float:
+    def peak_blocks(self, new_blocks: int, now_s: float, most_blocks: float = math.inf) -> float:
         """The most blocks that are expected to be wanted at a time if one more program begins now.
 
         Args:
             new_blocks: Blocks of the new program's context.
             now_s: The time.
+            most_blocks: No context grows beyond this.
         """
         if now_s - self._estimated_s >= STALE_S:
             self._estimated_s = now_s
@@ -204,7 +206,7 @@ class DemandForecast(Generic[Key]):
         lasting = self._lasting[np.minimum(so_far + AHEAD_TURNS, MAX_TURNS)]
         lasting = lasting / self._lasting[so_far]
         grown = np.maximum(np.array(growths), 0.0)[:, None] * AHEAD_TURNS
-        wanted = (np.array(contexts)[:, None] + grown) * lasting
+        wanted = np.minimum(np.array(contexts)[:, None] + grown, most_blocks) * lasting
         return float((np.array(actives) @ wanted).max())
 
     def _estimate(self) -> _Floats:

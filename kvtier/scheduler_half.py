@@ -13,7 +13,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from kvtier.admission_facts import AdmissionView
-from kvtier.backend import Activity, TierBackend, TierState
+from kvtier.backend import TierBackend, TierState
 from kvtier.gpu_pin import PinTable, ReleaseCause
 from kvtier.orders import OrderIds, StepOrders
 from kvtier.turns.answers import Answers
@@ -202,17 +202,7 @@ class SchedulerHalf:
             ),
             now_s=now_s,
         )
-        self._mark(turn, "waiting")
-
-    def _mark(self, turn: Turn, activity: Activity) -> None:
-        """Tell the tier that a turn needs what it holds of the program, or has it now."""
-        readable = self.returns.readable_tokens(turn)
-        if readable:
-            turn.copy = self.stager.copies.find(
-                turn.program, lambda: self.returns.chain_of(turn, readable)
-            )
-        if turn.copy is not None:
-            self.stager.copies.mark(turn.copy, activity)
+        self.returns.mark(turn, "waiting")
 
     def program_age_s(self, request: Any) -> float | None:
         """See `Arrivals.program_age_s`."""
@@ -273,7 +263,7 @@ class SchedulerHalf:
             self.policy.observe_wait(turn.predicted_wait_s, now_s - turn.arrived_s)
             self.admission.on_started(request.request_id)
             self.deferrals.started()
-            self._mark(turn, "running")
+            self.returns.mark(turn, "running")
         if not turn.counted:
             turn.counted = True
             self.returns.count_sources(turn, pinned_tokens, external_tokens)
@@ -289,8 +279,7 @@ class SchedulerHalf:
         turn = self._turns.pop(request.request_id, None)
         if turn is None:
             return None
-        if turn.copy is not None:
-            self.stager.copies.mark(turn.copy, "paused")
+        self.returns.mark_paused(turn)
         now_s = self._clock()
         reusable = reusable_blocks(
             request,
@@ -307,7 +296,7 @@ class SchedulerHalf:
             request.output_token_ids, hint=turn.hints.tool, complete=not aborted
         )
         self._recorder.write(turn, call.tool, now_s)
-        if self.endings.turn_finished(turn, call, len(reusable), now_s):
+        if self.endings.turn_finished(turn, call, len(reusable), now_s, aborted=aborted):
             return None
         if self.live_mode.mode is Mode.OFF or not len(reusable):
             return None
@@ -360,6 +349,9 @@ class SchedulerHalf:
 
         Its name is drawn, not counted: two engines' first updates need not bring the same weights.
         """
+        # What nobody will read again is not to be kept for the turns that wait.
+        for turn in self._turns.values():
+            self.returns.mark_paused(turn)
         self.reader.namespace = self.stager.copies.namespace = self.facts.namespace(
             uuid.uuid4().hex
         )

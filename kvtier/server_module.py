@@ -265,7 +265,7 @@ class KVTierModule:
             case wire.Drop():
                 table.drop(request.namespace, request.program)
             case wire.Mark():
-                table.mark(owner, request.namespace, request.program, request.activity)
+                table.mark(owner, request.namespace, request.program, request.activity, now_s)
             case wire.Status():
                 return self._status(request.id)
             case _:

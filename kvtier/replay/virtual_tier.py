@@ -104,7 +104,7 @@ class VirtualTier:
 
     def mark(self, namespace: str, program: str, activity: Activity) -> None:
         """See `TierBackend`."""
-        self.table.mark(_OWNER, namespace, program, activity)
+        self.table.mark(_OWNER, namespace, program, activity, self._now_s)
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:  # noqa: ARG002
         """See `TierBackend`."""

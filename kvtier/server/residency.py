@@ -267,12 +267,14 @@ class ResidencyTable:
             if (namespace, key) in self._orphans and not self._locked.get((namespace, key)):
                 self._free((namespace, key))
 
-    def mark(self, owner: str, namespace: str, program: str, activity: Activity) -> None:
+    def mark(
+        self, owner: str, namespace: str, program: str, activity: Activity, now_s: float
+    ) -> None:
         """Note what a program does in an engine; programs without chunks are ignored."""
         record = self._programs.get((namespace, program))
         # That it pauses in one engine says nothing of another, to which its client has turned.
         if record is not None and (activity != "paused" or record.active_on == owner):
-            record.activity, record.active_on = activity, owner
+            record.activity, record.active_on, record.used_s = activity, owner, now_s
 
     def owner_gone(self, owner: str) -> None:
         """An engine died: release its locks, discard its reservations. Its chains stay for others."""

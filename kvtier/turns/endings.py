@@ -79,7 +79,9 @@ class Endings:
         if gone is not None:
             self.program_gone(gone)
 
-    def turn_finished(self, turn: Turn, call: ToolCall, n_reusable: int, now_s: float) -> bool:
+    def turn_finished(
+        self, turn: Turn, call: ToolCall, n_reusable: int, now_s: float, *, aborted: bool = False
+    ) -> bool:
         """A turn is over; returns whether its program is over with it.
 
         Args:
@@ -87,6 +89,7 @@ class Endings:
             call: The tool that its output calls.
             n_reusable: Its leading blocks that a later prompt can hit.
             now_s: Monotonic time.
+            aborted: The client went away in the middle of it: it may come back with the same prompt.
         """
         request = turn.request
         end = self._programs.turn_finished(
@@ -104,7 +107,7 @@ class Endings:
         self._admission.on_turn_ended(
             turn.request_id,
             context_blocks=self._facts.blocks_of(request.num_tokens),
-            goes_on=call.kind == "tool",
+            goes_on=aborted or call.kind != "none",
             gap_s=self._policy.ttl.mean_gap_s(call.tool),
             now_s=now_s,
         )

@@ -12,6 +12,7 @@ from kvtier.gpu_pin import PinTable, ReleaseCause
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kvtier.backend import Activity
     from kvtier.block_ids import BlockIds
     from kvtier.policy import Policy
     from kvtier.stats import Stats
@@ -48,6 +49,8 @@ class Returns:
         self._log = log
         self._note = note
         self._chains: dict[str, ChunkChain] = {}
+        # By copy in the tier: what the turns do that go on from it, by request.
+        self._active: dict[str, dict[str, Activity]] = {}
 
     def readable_tokens(self, turn: Turn) -> int:
         """Prompt tokens that a load could bring; 0 where the turn must do without the tier.
@@ -58,6 +61,35 @@ class Returns:
             return 0
         chunk = self._facts.chunk_tokens
         return (int(turn.request.num_tokens) - 1) // chunk * chunk
+
+    def mark(self, turn: Turn, activity: Activity) -> None:
+        """Tell the tier that a turn needs what it holds of the program, or has it in GPU memory now."""
+        readable = self.readable_tokens(turn)
+        found = None
+        if readable:
+            found = self._stager.copies.find(turn.program, lambda: self.chain_of(turn, readable))
+        if found != turn.copy:
+            self.mark_paused(turn)
+        turn.copy = found
+        if found is not None:
+            self._active.setdefault(found, {})[turn.request_id] = activity
+            self._tell(found)
+
+    def mark_paused(self, turn: Turn) -> None:
+        """Tell the tier that the turn is over: what it holds is worth keeping as of any paused program."""
+        if turn.copy is not None:
+            self._active.get(turn.copy, {}).pop(turn.request_id, None)
+            self._tell(turn.copy)
+            turn.copy = None
+
+    def _tell(self, copy: str) -> None:
+        """Tell the tier what the turns that share a copy do: one that still needs it comes first."""
+        activities = self._active.get(copy, {}).values()
+        if not activities:
+            self._active.pop(copy, None)
+            self._stager.copies.mark(copy, "paused")
+        else:
+            self._stager.copies.mark(copy, "waiting" if "waiting" in activities else "running")
 
     def hit_tokens(
         self, turn: Turn, readable: int, now_s: float, wait: Callable[[], None]

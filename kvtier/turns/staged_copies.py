@@ -80,13 +80,11 @@ class StagedCopies:
 
         Args:
             program: The program.
-            chain_of: Returns the chain of the turn's prompt; called where it tells which of several
-                conversations goes on.
+            chain_of: Returns the chain of the turn's prompt; called where anything is staged.
         """
-        names = [name for name in self.strands.names(program) if name in self._staged]
-        if len(names) <= 1:
-            return names[0] if names else None
-        name = self.strands.find(program, chain_of())
+        if not any(name in self._staged for name in self.strands.names(program)):
+            return None
+        name = self.strands.continued(program, chain_of())
         return name if name in self._staged else None
 
     def mark(self, name: str, activity: Activity) -> None:

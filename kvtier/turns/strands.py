@@ -41,6 +41,11 @@ class Strands:
         strand = self._continued(program, chain)
         return program if strand is None else strand.name
 
+    def continued(self, program: str, chain: ChunkChain) -> str | None:
+        """The name of the conversation that `chain` goes on with; None where it begins one."""
+        strand = self._continued(program, chain)
+        return None if strand is None else strand.name
+
     def take(self, program: str, chain: ChunkChain) -> str:
         """The name under which `chain` is to be staged: of the conversation it continues, or a new one."""
         strands = self._strands.setdefault(program, [])

@@ -103,7 +103,7 @@ def test_record_says_where_it_cannot_write(model: str, tmp_path: Path) -> None:
     for file in (tmp_path, tmp_path / "missing" / "turns.jsonl"):
         result = runner.invoke(app, ["record", str(file), model, "--dry-run"])
         assert result.exit_code == 2
-        assert "a file in a directory that exists" in result.output
+        assert "a file that can be written, in a directory that exists" in result.output
 
 
 def test_serve_refuses_json_without_dry_run(model: str) -> None:

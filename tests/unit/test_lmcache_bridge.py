@@ -115,7 +115,7 @@ class Server(threading.Thread):
             case wire.Drop():
                 self.table.drop(r.namespace, r.program)
             case wire.Mark():
-                self.table.mark(owner, r.namespace, r.program, r.activity)
+                self.table.mark(owner, r.namespace, r.program, r.activity, 0.0)
         return wire.Ack(request.id)
 
 

@@ -244,7 +244,7 @@ def test_the_copy_of_a_program_that_runs_goes_first() -> None:
     tier = Tier(4)
     tier.store("runs", "ab", value_s=3.0)
     tier.store("pauses", "cd", value_s=2.0)
-    tier.table.mark("e", NS, "runs", "running")
+    tier.table.mark("e", NS, "runs", "running", tier.now_s)
     assert tier.store("new", "xy", value_s=1.0) == 2
     assert (tier.hit("ab"), tier.hit("cd")) == (0, 2)
 
@@ -253,7 +253,7 @@ def test_what_a_waiting_turn_needs_loses_neither_worth_nor_lease() -> None:
     tier = Tier(4)
     tier.store("waits", "ab", value_s=2.0, lease_s=1.0)
     tier.store("pauses", "cd", value_s=2.0, lease_s=1.0)
-    tier.table.mark("e", NS, "waits", "waiting")
+    tier.table.mark("e", NS, "waits", "waiting", tier.now_s)
     tier.now_s = 100 * IDLE_SCALE_S
     assert tier.store("new", "xy", value_s=1.0) == 2
     assert (tier.hit("ab"), tier.hit("cd")) == (2, 0)
@@ -266,17 +266,28 @@ def test_the_copy_of_a_program_that_has_run_is_worth_as_much_as_before(ends: str
     tier = Tier(4)
     tier.store("has run", "ab", value_s=3.0)
     tier.store("pauses", "cd", value_s=2.0)
-    tier.table.mark("e", NS, "has run", "running")
+    tier.table.mark("e", NS, "has run", "running", tier.now_s)
     # What another engine says of its own turns is another matter.
-    tier.table.mark("other", NS, "has run", "paused")
-    tier.table.mark("e", NS, "nobody knows", "running")
+    tier.table.mark("other", NS, "has run", "paused", tier.now_s)
+    tier.table.mark("e", NS, "nobody knows", "running", tier.now_s)
     assert tier.table._programs[NS, "has run"].activity == "running"
     if ends == "paused":
-        tier.table.mark("e", NS, "has run", "paused")
+        tier.table.mark("e", NS, "has run", "paused", tier.now_s)
     else:
         tier.table.owner_gone("e")
     assert tier.store("new", "xy", value_s=1.0) is None
     assert tier.store("new", "xy", value_s=3.0) == 2
+    assert (tier.hit("ab"), tier.hit("cd")) == (2, 0)
+
+
+def test_a_pause_begins_when_the_turn_ends() -> None:
+    tier = Tier(4)
+    tier.store("a", "ab", value_s=2.0)
+    tier.table.mark("e", NS, "a", "running", tier.now_s)
+    tier.now_s = 100 * IDLE_SCALE_S
+    tier.store("b", "cd", value_s=1.0)
+    tier.table.mark("e", NS, "a", "paused", tier.now_s)
+    assert tier.store("c", "xy", value_s=1.5) == 2
     assert (tier.hit("ab"), tier.hit("cd")) == (2, 0)
 
 
@@ -518,7 +529,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @rule(program=programs, owner=owners, activity=st.sampled_from(get_args(Activity)))
     def mark(self, program: str, owner: str, activity: Activity) -> None:
-        self.tier.table.mark(owner, NS, program, activity)
+        self.tier.table.mark(owner, NS, program, activity, self.tier.now_s)
 
     @rule(seconds=st.sampled_from([1.0, 6.0]))
     def wait(self, seconds: float) -> None:

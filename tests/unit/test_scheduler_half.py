@@ -225,6 +225,19 @@ def test_a_turn_that_goes_before_it_starts_is_waited_for_no_longer(
     assert [activity for _, activity in tier.marked] == ["waiting", "paused"]
 
 
+def test_of_a_turn_that_waits_at_a_reset_the_old_copy_is_kept_no_longer(
+    engine: MiniEngine, tier: VirtualTier
+) -> None:
+    first = turn("r1", prompt(30))
+    engine.run(first)
+    engine.add(follow_up(first, "r2"))
+    (record,) = tier.table._programs.values()
+    assert record.activity == "waiting"
+    engine.half.before_reset()
+    engine.half.reset_tier()
+    assert record.activity == "paused"
+
+
 def test_of_parallel_conversations_the_one_that_goes_on_is_told(
     engine: MiniEngine, tier: VirtualTier
 ) -> None:

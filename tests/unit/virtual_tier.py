@@ -175,7 +175,7 @@ class VirtualTier:
     def mark(self, namespace: str, program: str, activity: Activity) -> None:
         self.marked.append((program, activity))
         if self.state is TierState.READY:
-            self.table.mark(self._owner, namespace, program, activity)
+            self.table.mark(self._owner, namespace, program, activity, self._now_s)
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
         self._now_s = now_s
