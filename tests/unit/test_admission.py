@@ -489,3 +489,23 @@ def test_a_new_program_has_more_patience_than_a_returning_turn() -> None:
     # Now it comes before a returning turn of an older program, too, that waits for a shorter time.
     assert reason(admission, "back", 701.0) == "older_waiting"
     assert reason(admission, "new", 701.0) == "first_in_order"
+
+
+def test_a_turn_that_has_aged_comes_before_those_that_have_not_whoever_came_first() -> None:
+    view = replace(VIEW, total_blocks=1000, free_blocks=600, round_s=20.0)
+    admission = controller(AdmissionConfig(), view)
+    arrive(admission, "runs", "R", 0.0, blocks=400)
+    admission.on_started("runs")
+    arrive(admission, "big", "B", 100.0, blocks=900, now_s=101.0, returning=False)
+    arrive(admission, "small", "S", 102.0, blocks=50, now_s=102.0, returning=False)
+    arrive(admission, "back", "A", 120.0, blocks=50, now_s=130.0)
+    admission.begin_step(replace(view, now_s=131.0))
+    assert reason(admission, "small", 131.0) == "older_waiting"
+    admission.begin_step(replace(view, now_s=151.0))
+    assert reason(admission, "small", 151.0) == "older_waiting"
+    assert reason(admission, "back", 151.0) == "first_in_order"
+
+
+def test_without_aging_no_turn_ever_ages() -> None:
+    admission = controller(AdmissionConfig(aging_s=0.0), replace(VIEW, round_s=20.0))
+    assert admission.patience_s == float("inf")

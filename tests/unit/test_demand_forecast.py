@@ -195,3 +195,11 @@ def test_whatever_happens_the_forecast_is_a_number(events: list[str], seed: int)
     for i in range(3):
         forecast.program_ends(f"p{i}")
     assert len(forecast) == 0
+
+
+def test_no_context_is_expected_to_outgrow_the_memory() -> None:
+    forecast: DemandForecast[str] = DemandForecast()
+    for i in range(5):
+        episode(forecast, f"p{i}", 40, growth=60, at_s=1000.0 * i)
+    assert forecast.peak_blocks(100, 9000.0) > 1000
+    assert forecast.peak_blocks(100, 9000.0, 800) <= 800

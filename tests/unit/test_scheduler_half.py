@@ -238,6 +238,46 @@ def test_of_a_turn_that_waits_at_a_reset_the_old_copy_is_kept_no_longer(
     assert record.activity == "paused"
 
 
+def test_a_copy_that_turns_share_is_what_the_neediest_does(
+    engine: MiniEngine, tier: VirtualTier
+) -> None:
+    first = turn("r1", prompt(30))
+    engine.run(first)
+    left, right = follow_up(first, "left"), follow_up(first, "right")
+    half = engine.half
+    half.on_new_request(left)
+    half.on_new_request(right)
+    (record,) = tier.table._programs.values()
+    half.returns.mark(half._turns["left"], "running")
+    assert record.activity == "waiting"
+    half.returns.mark(half._turns["right"], "running")
+    assert record.activity == "running"
+    half.returns.mark_paused(half._turns["left"])
+    assert record.activity == "running"
+    half.returns.mark_paused(half._turns["right"])
+    assert record.activity == "paused"
+    assert half.returns._active == {}
+
+
+def test_a_stranger_in_the_program_does_not_mark_its_copy(
+    engine: MiniEngine, tier: VirtualTier
+) -> None:
+    engine.run(turn("r1", prompt(30)))
+    engine.run(turn("child", list(range(900, 930))))
+    assert tier.marked == []
+
+
+def test_an_aborted_turn_ends_no_episode(engine: MiniEngine) -> None:
+    request = turn("r1", prompt(30), max_tokens=20)
+    engine.add(request)
+    engine.step()
+    engine.step()
+    engine.abort("r1")
+    assert len(engine.half.admission._forecast) == 1
+    engine.run(turn("r2", prompt(30)))
+    assert len(engine.half.admission._forecast) == 0
+
+
 def test_of_parallel_conversations_the_one_that_goes_on_is_told(
     engine: MiniEngine, tier: VirtualTier
 ) -> None:
