@@ -263,7 +263,7 @@ class SchedulerHalf:
             self.policy.observe_wait(turn.predicted_wait_s, now_s - turn.arrived_s)
             self.admission.on_started(request.request_id)
             self.deferrals.started()
-            self.returns.mark(turn, "running")
+        self.returns.mark(turn, "running")
         if not turn.counted:
             turn.counted = True
             self.returns.count_sources(turn, pinned_tokens, external_tokens)
@@ -366,8 +366,11 @@ class SchedulerHalf:
         now_s = self._clock()
         self._running_requests = step.running_requests
         step_id = self._steps.scheduled(step, now_s)
-        if step.preempted_requests:
+        if step.preempted:
             self.room.given_back()
+            self.returns.preempted(
+                self._turns[name] for name in step.preempted if name in self._turns
+            )
         self.housekeeping.run(now_s)
         stores = self.stager.advance(now_s)
         self.deferrals.step_ended(now_s, step.running_requests + self.reader.n_loads)

@@ -82,13 +82,13 @@ class StepFacts:
     Attributes:
         scheduled_tokens: Tokens that the step computes.
         running_requests: Requests that the step serves.
-        preempted_requests: Running requests that lost their blocks to others.
+        preempted: Ids of running requests that lost their blocks to others.
         prefill: (cached, new) tokens when the step is one request's prefill and little else.
         built_s: When it was scheduled; set by the scheduler half.
     """
 
     scheduled_tokens: int = 0
     running_requests: int = 0
-    preempted_requests: int = 0
+    preempted: tuple[str, ...] = ()
     prefill: tuple[int, int] | None = None
     built_s: float = 0.0

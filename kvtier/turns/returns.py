@@ -10,7 +10,7 @@ from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.gpu_pin import PinTable, ReleaseCause
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from kvtier.backend import Activity
     from kvtier.block_ids import BlockIds
@@ -62,8 +62,16 @@ class Returns:
         chunk = self._facts.chunk_tokens
         return (int(turn.request.num_tokens) - 1) // chunk * chunk
 
+    def preempted(self, turns: Iterable[Turn]) -> None:
+        """Running turns have lost their KV in GPU memory, and need what the tier holds of it again."""
+        for turn in turns:
+            self.mark(turn, "waiting")
+
     def mark(self, turn: Turn, activity: Activity) -> None:
         """Tell the tier that a turn needs what it holds of the program, or has it in GPU memory now."""
+        told = self._active.get(turn.copy or "", {}).get(turn.request_id)
+        if told == activity:
+            return
         readable = self.readable_tokens(turn)
         found = None
         if readable:

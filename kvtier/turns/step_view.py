@@ -17,7 +17,7 @@ def step_facts(output: Any) -> StepFacts:
     facts = StepFacts(
         scheduled_tokens=total,
         running_requests=len(scheduled),
-        preempted_requests=len(output.preempted_req_ids or ()),
+        preempted=tuple(sorted(output.preempted_req_ids or ())),
     )
     if total == len(scheduled):
         # Nothing, or one token of each: most steps, with many requests.

@@ -143,7 +143,7 @@ class MiniEngine:
         self.pool = FakePool(n_blocks)
         self.workers = Workers(self.pool, ranks)
         self.now_s = 1000.0
-        self.preempted = 0
+        self.preempted: list[str] = []
         self.weights = 0
         self.waiting: list[Entry] = []
         self.running: list[Entry] = []
@@ -229,8 +229,8 @@ class MiniEngine:
     def step(self) -> None:
         scheduled = self._schedule()
         tokens = sum(e.request.num_tokens - e.request.num_computed_tokens for e in scheduled)
-        orders = self.half.build(StepFacts(tokens, len(scheduled), self.preempted))
-        self.preempted = 0
+        orders = self.half.build(StepFacts(tokens, len(scheduled), tuple(self.preempted)))
+        self.preempted = []
         self.workers.submit(orders, self.now_s)
         for entry in scheduled:
             self._compute(entry)
@@ -363,7 +363,7 @@ class MiniEngine:
     def _preempt(self, entry: Entry) -> None:
         self.running.remove(entry)
         self._free(entry)
-        self.preempted += 1
+        self.preempted.append(entry.request.request_id)
         entry.request.num_computed_tokens = 0
         entry.request.set_status("PREEMPTED")
         entry.state = "waiting"

@@ -8,6 +8,7 @@ import pytest
 
 from kvtier.backend import NoTier
 from kvtier.programs import ProgramLimits
+from kvtier.turns.engine_facts import StepFacts
 from kvtier.turns.live_mode import Mode
 from tests.unit.mini_engine import MiniEngine
 from tests.unit.program_cases import (
@@ -257,6 +258,24 @@ def test_a_copy_that_turns_share_is_what_the_neediest_does(
     half.returns.mark_paused(half._turns["right"])
     assert record.activity == "paused"
     assert half.returns._active == {}
+
+
+def test_a_preempted_turn_needs_its_copy_again(engine: MiniEngine, tier: VirtualTier) -> None:
+    first = turn("r1", prompt(30))
+    engine.run(first)
+    engine.add(follow_up(first, "r2", max_tokens=30))
+    (record,) = tier.table._programs.values()
+    while not engine.running:
+        engine.step()
+    assert record.activity == "running"
+    engine._preempt(engine.running[0])
+    engine.preempted.clear()
+    # vLLM starts no request in a step that has preempted one.
+    engine.half.build(StepFacts(preempted=("r2",)))
+    assert record.activity == "waiting"
+    while not engine.running:
+        engine.step()
+    assert record.activity == "running"
 
 
 def test_a_stranger_in_the_program_does_not_mark_its_copy(
