@@ -26,25 +26,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from kvtier.replay.command import POLICY_NAMES
 from kvtier.replay.options import Options
 from kvtier.replay.sweep import quiet_vllm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-BASELINES = (
-    "vllm-lru",
-    "offload-lru",
-    "offload-pfcfs",
-    "infercept",
-    "continuum",
-    "continuum-2s",
-    "ttl-const",
-    "autellix",
-    "thunderagent",
-)
-REFERENCES = ("ideal", "oracle")
 OWN = "kvtier"
+REFERENCES = ("ideal", "oracle")
+BASELINES = tuple(name for name in POLICY_NAMES if name not in (OWN, *REFERENCES))
 
 _8B: dict[str, Any] = {"model": "llama-3.1-8b", "gpus": 1, "gpu_kv_gb": 54.0}
 _70B: dict[str, Any] = {"model": "llama-3.1-70b", "gpus": 4, "gpu_kv_gb": 148.0, "link_gbps": 50.0}

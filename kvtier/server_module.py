@@ -29,11 +29,13 @@ from lmcache.v1.distributed.error import L1Error
 from lmcache.v1.multiprocess.ext_server_module import ExtServerModuleComponents
 
 from kvtier import wire
-from kvtier.server.residency import ChunkId, ResidencyTable
+from kvtier.server.residency import ResidencyTable
 
 if TYPE_CHECKING:
     from lmcache.v1.multiprocess.engine_context import MPCacheServerContext
     from lmcache.v1.multiprocess.ext_server_module import ExtServerModuleBuildContext
+
+    from kvtier.server.l1_store import ChunkId
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from kvtier.server.l1_store import ChunkId, L1Store
 from kvtier.wire import split_keys
 
 if TYPE_CHECKING:
@@ -37,42 +38,6 @@ the time that it has been away, as gaps have heavy tails; and who waits in a que
 RUNNING_WORTH = 0.1
 """Part of its worth that a copy keeps while the program runs: its KV is in GPU memory then, and comes from
 there when it pauses. Not nothing, as copying it again takes the link's time."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkId:
-    """One chunk of one rank."""
-
-    namespace: str
-    key: bytes
-    rank: int
-
-
-class L1Store(Protocol):
-    """The operations on L1 memory that residency needs. Offsets are bytes into the shared region."""
-
-    def allocate(
-        self, chunks: list[ChunkId], slot_bytes: int, tag: str
-    ) -> dict[ChunkId, int] | None:
-        """Stage new chunks: all of `chunks` that are not resident get a slot, or None when full."""
-
-    def admit(self, chunks: list[ChunkId], tag: str) -> list[ChunkId]:
-        """Make staged chunks resident; returns those that are resident now."""
-
-    def discard(self, chunks: list[ChunkId], tag: str) -> None:
-        """Give up staged chunks."""
-
-    def lock(self, chunks: list[ChunkId]) -> list[int | None]:
-        """Read-lock resident chunks; the offset of each, None where it is not resident."""
-
-    def unlock(self, chunks: list[ChunkId]) -> None:
-        """Undo `lock`."""
-
-    def resident(self, chunk: ChunkId) -> bool:
-        """Whether the chunk can be read."""
-
-    def delete(self, chunks: list[ChunkId]) -> None:
-        """Free resident chunks; unknown ones are ignored."""
 
 
 @dataclass(slots=True)

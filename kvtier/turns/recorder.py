@@ -7,20 +7,18 @@ nothing of each other.
 
 from __future__ import annotations
 
-import json
-import logging
 import secrets
 from collections import OrderedDict
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import TYPE_CHECKING, Final
+
+from kvtier.turns.json_lines import JsonLines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from kvtier.turns.turn import Turn
-
-logger = logging.getLogger(__name__)
 
 FORMAT: Final = 1
 UNIT_TOKENS: Final = 64
@@ -38,14 +36,12 @@ class TurnRecorder:
         self._unit_tokens = self._stride * block_tokens
         self._key = secrets.token_bytes(32)
         self._last: OrderedDict[str, list[int]] = OrderedDict()
-        self._file: TextIO | None = None
-        if path is not None:
-            self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._lines = JsonLines(path, "recording")
 
     @property
     def enabled(self) -> bool:
         """Whether anything is written."""
-        return self._file is not None
+        return self._lines.enabled
 
     def write(self, turn: Turn, tool: str | None, ended_s: float) -> None:
         """Write one turn: when it came and ended, how long it was, and which content it began with.
@@ -53,7 +49,7 @@ class TurnRecorder:
         `units` are the contents of the prompt's units from `kept` on; those before are the ones that the program's
         last line told.
         """
-        if self._file is None:
+        if not self._lines.enabled:
             return
         request = turn.request
         n_units = int(request.num_prompt_tokens) // self._unit_tokens
@@ -77,17 +73,11 @@ class TurnRecorder:
             "kept": kept,
             "units": units[kept:],
         }
-        try:
-            self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
-        except OSError as error:
-            logger.warning("recording off: %s", error)
-            self._file = None
+        self._lines.write(line)
 
     def close(self) -> None:
         """Close the file. Idempotent."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._lines.close()
 
     def _units(self, block_hashes: Sequence[bytes], n_units: int) -> list[int]:
         # A block's hash covers everything up to its end, so that of a unit's last block tells all of it.

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvtier.server.residency import ChunkId
+    from kvtier.server.l1_store import ChunkId
 
 
 class FakeL1:

@@ -59,7 +59,7 @@ def test_a_full_disk_turns_it_off(caplog: pytest.LogCaptureFixture, tmp_path: Pa
 
     log = DecisionLog(tmp_path / "log.jsonl")
     log.close()
-    log._file = FullDisk()  # type: ignore[assignment]
+    log._lines._file = FullDisk()  # type: ignore[assignment]
     log.write("pause", "p", "r", {})
     assert not log.enabled
     assert "No space left" in caplog.text

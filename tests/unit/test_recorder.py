@@ -122,7 +122,7 @@ def test_a_full_disk_ends_the_recording_only(tmp_path: Path) -> None:
     def full(_: str) -> int:
         raise OSError(28, "No space left on device")
 
-    engine.half._recorder._file.write = full  # type: ignore[union-attr, method-assign]
+    engine.half._recorder._lines._file.write = full  # type: ignore[union-attr, method-assign]
     first = turn("r1", prompt(150))
     engine.run(first)
     engine.run(follow_up(first, "r2"))
