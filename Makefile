@@ -1,6 +1,6 @@
 # One word each; `make help` lists them. All of them set up what they need first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench lock clean
+.PHONY: help setup demo test lint format bench protos lock clean
 
 BIN := .venv/bin
 
@@ -28,6 +28,9 @@ format: setup ## let ruff rewrite the code
 
 bench: setup ## what a decision costs the scheduler
 	$(BIN)/python bench/decision_cost.py
+
+protos: setup ## check proto/ and generate kvtier/v1 from it
+	scripts/protos.sh
 
 lock: setup ## resolve the environment anew (requirements/cpu.txt)
 	scripts/lock.sh
