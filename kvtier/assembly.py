@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvtier.config import Settings
+    from kvtier.control.link import EngineLink
     from kvtier.turns.engine_facts import EngineFacts
     from kvtier.worker_half import WorkerHalf
 
@@ -53,8 +54,11 @@ def build_scheduler_half(
     """The scheduler half of one engine, and the lease on the host's server (None without one)."""
     facts = engine_facts(vllm_config, kv_cache_config, settings)
     lease: Any = None
+    link: EngineLink | None = None
     if tier is None:
         tier, lease = connect_tier(vllm_config, settings, facts, clock)
+        if settings.control == "on":
+            link = connect_control(vllm_config, settings, facts, clock, lambda: half)
     logger.info(
         "kvtier %s is %s: pins hold up to %.0f %% of the GPU's KV blocks, CPU tier %s, admission %s",
         __version__,
@@ -94,7 +98,7 @@ def build_scheduler_half(
         policy=policy,
         detector=detector,
         stats=stats,
-        log=DecisionLog(settings.decision_log),
+        log=DecisionLog(settings.decision_log, link),
         recorder=TurnRecorder(settings.record_file, facts.block_tokens),
         mode=LiveMode(Mode(settings.mode), settings.switch_file),
         clock=clock,
@@ -102,8 +106,60 @@ def build_scheduler_half(
         lookup_wait_s=settings.lookup_wait_s,
         split_chunks=settings.stage_split_chunks,
         save_prefill=_save_prefill,
+        link=link,
     )
     return half, lease
+
+
+def connect_control(
+    vllm_config: Any,
+    settings: Settings,
+    facts: EngineFacts,
+    clock: Callable[[], float],
+    half: Callable[[], SchedulerHalf],
+) -> EngineLink | None:
+    """The link to the host's control server, which is started where it does not run; None where that fails.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        settings: kvtier's.
+        facts: Of the engine.
+        clock: Monotonic time.
+        half: Returns the scheduler half; called when it is complete.
+    """
+    from kvtier.control.engine_status import EngineStatus  # noqa: PLC0415 - needs psutil
+    from kvtier.control.launch import ensure_control_server  # noqa: PLC0415 - only engines start it
+    from kvtier.control.link import EngineLink  # noqa: PLC0415 - needs zmq
+    from kvtier.link_messages import SOCKET_NAME  # noqa: PLC0415
+    from kvtier.server.files import default_run_dir, prepare_run_dir  # noqa: PLC0415
+
+    try:
+        run_dir = prepare_run_dir(default_run_dir())
+        ensure_control_server(settings, run_dir)
+    except (OSError, RuntimeError) as error:
+        logger.warning("kvtier: no control server, the engine works without: %s", error)
+        return None
+    parallel = vllm_config.parallel_config
+    engine_id = facts.owner
+    status: list[EngineStatus] = []
+
+    def read() -> EngineStatus:
+        if not status:
+            model = str(vllm_config.model_config.model)
+            # Not `data_parallel_rank`, which is 0 in every engine of a dense model.
+            rank = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
+            status.append(EngineStatus(half(), engine_id, model, rank))
+        return status[0]
+
+    return EngineLink(
+        f"ipc://{run_dir / SOCKET_NAME}",
+        engine_id=engine_id,
+        hello=lambda: read().hello(),
+        read_gauges=lambda: read().gauges(),
+        block_tokens=facts.block_tokens,
+        clock=clock,
+        revive=lambda: ensure_control_server(settings, run_dir),
+    )
 
 
 def connect_tier(

@@ -11,10 +11,18 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvtier.config_sources import ConfigError, Layer, read_layers
+from kvtier.listen_address import ADDRESS_PATTERN, ListenAddress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,6 +73,10 @@ def _yaml_switch(value: object) -> object:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _listen_address(value: str) -> str:
+    return str(ListenAddress.parse(value))
+
+
 _NoBool = BeforeValidator(_no_bool)
 _Auto = BeforeValidator(_auto_is_none)
 _Optional = BeforeValidator(_none_is_none)
@@ -76,6 +88,7 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), _NoBool]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NoBool]
 Share = Annotated[float, Field(ge=0, le=1), _NoBool]
 Address = Annotated[str, StringConstraints(pattern=r"^(tcp|ipc)://.+$")]
+Listen = Annotated[str, StringConstraints(pattern=ADDRESS_PATTERN), AfterValidator(_listen_address)]
 
 
 class Settings(BaseSettings):
@@ -227,6 +240,48 @@ class Settings(BaseSettings):
         default=None, description="Where profiles are kept. none: the user's cache directory."
     )
 
+    # The control server, one for all engines of the host; the first engine's settings hold.
+    control: Annotated[Literal["on", "off"], _Switch] = Field(
+        default="on",
+        description="on: start or join the host's control server, which steers engines and tells what "
+        "they do (gRPC). off: none.",
+    )
+    control_listen: Annotated[Listen | None, _Optional] = Field(
+        default="127.0.0.1:7461",
+        description="TCP address of the control server, besides its Unix socket in the run directory. "
+        "Another address than loopback needs TLS, and control_tls_client_ca or control_tokens_file. "
+        "none: the Unix socket alone.",
+    )
+    control_tls_cert: Annotated[Path | None, _Optional] = Field(
+        default=None,
+        description="Certificate chain (PEM) of the control server's TCP address; with control_tls_key.",
+    )
+    control_tls_key: Annotated[Path | None, _Optional] = Field(
+        default=None, description="Private key (PEM) of control_tls_cert."
+    )
+    control_tls_client_ca: Annotated[Path | None, _Optional] = Field(
+        default=None,
+        description="Certificates (PEM) of those who issue the clients' certificates: only clients that "
+        "have one may call over TCP.",
+    )
+    control_tokens_file: Annotated[Path | None, _Optional] = Field(
+        default=None,
+        description="File of bearer tokens, one of which every call over TCP must then have: one a line, "
+        "optionally followed by the tenant that it is bound to. Mode 0600 or 0640.",
+    )
+    control_state_file: Annotated[Path | None, _Optional] = Field(
+        default=None,
+        description="File in which TTL overrides survive a restart. none: in the user's state directory.",
+    )
+    control_metrics_listen: Annotated[Listen | None, _Optional] = Field(
+        default=None,
+        description="Loopback address for the control server's own Prometheus metrics over HTTP. "
+        "none: no metrics of its own.",
+    )
+    control_grace_s: Seconds = Field(
+        default=10.0, description="How long the control server outlives its last engine, s."
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
         if self.tier == "off" and self.lmcache_url is not None:
@@ -241,7 +296,42 @@ class Settings(BaseSettings):
                 "is a value up to max_ttl_s"
             )
             raise ValueError(msg)
+        self._check_control()
         return self
+
+    def _check_control(self) -> None:
+        """Refuse a control server that strangers could reach."""
+        cert, key = self.control_tls_cert, self.control_tls_key
+        if (cert is None) != (key is None):
+            given, other = ("cert", "key") if key is None else ("key", "cert")
+            raise ValueError(
+                f"control_tls_{given}={str(cert or key)!r}: control_tls_{other} is missing; accepted "
+                "is both or neither"
+            )
+        if self.control_tls_client_ca is not None and cert is None:
+            raise ValueError(
+                f"control_tls_client_ca={str(self.control_tls_client_ca)!r}: without TLS no client shows "
+                "a certificate; accepted is with control_tls_cert and control_tls_key"
+            )
+        metrics = self.control_metrics_listen
+        if metrics is not None and not ListenAddress.parse(metrics).is_loopback:
+            raise ValueError(
+                f"control_metrics_listen={metrics!r}: not a loopback address; accepted is one, as in "
+                "127.0.0.1:7462"
+            )
+        listen = self.control_listen
+        if self.control == "off" or listen is None or ListenAddress.parse(listen).is_loopback:
+            return
+        if cert is None:
+            raise ValueError(
+                f"control_listen={listen!r}: not a loopback address, and no TLS; accepted is a loopback "
+                "address, as in 127.0.0.1:7461, or control_tls_cert and control_tls_key"
+            )
+        if self.control_tls_client_ca is None and self.control_tokens_file is None:
+            raise ValueError(
+                f"control_listen={listen!r}: not a loopback address, and anybody could call; accepted is "
+                "control_tokens_file, control_tls_client_ca, or both"
+            )
 
     @classmethod
     def load(
@@ -317,7 +407,9 @@ def _describe(schema: Mapping[str, Any]) -> str:
     if schema.get("format") == "path":
         return "a path"
     if "pattern" in schema:
-        return "tcp://HOST:PORT, ipc://PATH"
+        return (
+            "HOST:PORT" if schema["pattern"] == ADDRESS_PATTERN else "tcp://HOST:PORT, ipc://PATH"
+        )
     kinds = {"boolean": "true, false", "integer": "an integer", "number": "a number"}
     limits = [
         f"{sign} {schema[key]:g}"

@@ -29,10 +29,10 @@ from kvtier.metrics import KVTierPromMetrics, KVTierStats
 from kvtier.orders import StepOrders, failing_load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from kvtier.backend import Region
-    from kvtier.orders import Order
+    from kvtier.orders import Order, OrderResult
     from kvtier.scheduler_half import SchedulerHalf
     from kvtier.worker_half import WorkerHalf
 
@@ -92,6 +92,8 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         # Orders that must still reach the workers when the scheduler half has gone.
         self._last_loads: list[Order] = []
         self._last_region: Region | None = None
+        # What still takes results when the scheduler half has gone.
+        self._late_results: Callable[[Iterable[OrderResult]], bool] | None = None
         self._local_tokens = 0
         self._block_tokens = int(vllm_config.cache_config.block_size)
         self._stats_off: dict[str, Any] = {}
@@ -127,7 +129,8 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         self._last_loads += half.reader.take_orders()
         self._last_region = half.tier.region
         try:
-            half.shutdown()
+            if half.shutdown(engine_goes_on=True):
+                self._late_results = half.late_results
         except Exception:
             logger.exception("kvtier could not give everything back")
 
@@ -147,7 +150,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         # Beside another connector, which may still read a finished request's blocks, they stay its.
         own = block_pool.request_blocks(manager) if self._is_alone else None
         half.bind(block_pool.VllmBlockPool(manager.block_pool, own))
-        block_pool.wrap_allocation(manager, self._make_room, self._before_reset)
+        block_pool.wrap_allocation(manager, self._make_room, self._before_reset, self._after_reset)
 
     def _make_room(
         self, request: Any, retry: Callable[[], Any], need_blocks: Callable[[], int]
@@ -197,6 +200,11 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
     def _before_reset(self) -> None:
         assert self.scheduler_half is not None
         self.scheduler_half.before_reset()
+
+    @_guarded(None)
+    def _after_reset(self) -> None:
+        assert self.scheduler_half is not None
+        self.scheduler_half.after_reset()
 
     # -- scheduler: a request's life ---------------------------------------------------------------
 
@@ -290,13 +298,20 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
 
         return KVTierMetadata(self.scheduler_half.build(step_facts(output)))
 
-    @_guarded(None)
     def update_connector_output(self, connector_output: Any) -> None:
         """See `SchedulerHalf.on_worker`."""
-        assert self.scheduler_half is not None
         meta = connector_output.kv_connector_worker_meta
-        if isinstance(meta, KVTierWorkerMetadata):
-            self.scheduler_half.on_worker(meta)
+        if not isinstance(meta, KVTierWorkerMetadata):
+            return
+        late_results = self._late_results
+        self._on_worker(meta)
+        if late_results is not None and not late_results(meta.results):
+            self._late_results = None
+
+    @_guarded(None)
+    def _on_worker(self, report: KVTierWorkerMetadata) -> None:
+        assert self.scheduler_half is not None
+        self.scheduler_half.on_worker(report)
 
     @_guarded(False)
     def has_pending_push_work(self) -> bool:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from kvtier.copies.plan import PIN_PIECE_BYTES
 from kvtier.copy_engine import CopyEngine, CpuCopyEngine, rejected
 
 if TYPE_CHECKING:
@@ -29,12 +30,11 @@ if TYPE_CHECKING:
 
     from kvtier.copies.kv_layout import KVLayout
     from kvtier.copies.plan import CopyOrder, CopyResult, Direction
+    from kvtier.copies.switch import Switch
 
 logger = logging.getLogger(__name__)
 
 SHM_DIRECTORY = Path("/dev/shm")  # noqa: S108 - where Linux shows POSIX shared memory
-PIN_PIECE_BYTES = 64 << 30
-"""Largest single ``cudaHostRegister``: drivers refuse or stall on more."""
 DRAIN_TIMEOUT_S = 10.0
 
 NOT_ATTACHED = "the CPU tier is not attached"
@@ -202,15 +202,20 @@ def _memlock_limit() -> str:
     return "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
 
 
-def default_engine(layout: KVLayout, region: SharedRegion) -> CopyEngine:
-    """Return the copy engine for the KV cache's device; pins the region for CUDA."""
+def default_engine(
+    layout: KVLayout, region: SharedRegion, switch: Switch | None = None
+) -> CopyEngine:
+    """Return the copy engine for the KV cache's device; pins the region for CUDA.
+
+    ``switch`` chooses between the GPU's ways to copy.
+    """
     if layout.device.type == "cpu":
         return CpuCopyEngine(layout, region.array)
     if layout.device.type == "cuda":
         from kvtier.copies.cuda import CudaCopyEngine  # noqa: PLC0415 - only where CUDA is
 
         region.pin()
-        return CudaCopyEngine(layout, region.tensor)
+        return CudaCopyEngine(layout, region.tensor, switch=switch)
     msg = f"kvtier cannot copy a KV cache on {layout.device}"
     raise ValueError(msg)
 

@@ -6,13 +6,14 @@ deserves one and for how long is decided elsewhere, and given here as a deadline
 Two kinds of reference:
 
 - a **pin** keeps the KV of a finished turn until its deadline, its program's return, or pressure;
-- a **hold** keeps blocks while a copy reads them, and ends with the copy alone.
+- a **hold** keeps blocks while a copy reads or writes them, and ends with the copy alone.
 
 A hold that begins on the first blocks of a pin shares the pin's references, as taking and dropping them
 costs time; when the pin ends first, those references become the hold's.
 
 Invariants: a block is referenced here once for each pin and each hold that lists it, unless the hold
-shares a pin's, and by nobody else through this table; `release_all` returns the pool to where it was; pinned blocks (counted once, however
+shares a pin's, and by nobody else through this table; `release_all` returns the pool to where it was, but for blocks that
+copies write to, which nobody else may have yet; pinned blocks (counted once, however
 many pins share them) never exceed the budget.
 """
 
@@ -60,6 +61,7 @@ class ReleaseCause(StrEnum):
     ENDED = "ended"
     OFF = "off"
     BUDGET = "budget"
+    COMMAND = "command"
     SHUTDOWN = "shutdown"
 
 
@@ -99,6 +101,7 @@ class PinTable:
     _by_program: dict[str, dict[str, None]] = field(default_factory=dict)
     _holds: dict[str, BlockIds] = field(default_factory=dict)
     _shares: dict[str, str] = field(default_factory=dict)
+    _written: set[str] = field(default_factory=set)
     _pinned: BlockCounts = field(default_factory=BlockCounts)
     _held: BlockCounts = field(default_factory=BlockCounts)
     _loose_blocks: int = 0
@@ -133,6 +136,10 @@ class PinTable:
     def pins(self) -> Iterable[Pin]:
         """All pins, oldest first."""
         return self._pins.values()
+
+    def get(self, key: str) -> Pin | None:
+        """The pin of this name."""
+        return self._pins.get(key)
 
     def of_program(self, program: str) -> list[Pin]:
         """A program's pins, oldest first."""
@@ -188,6 +195,22 @@ class PinTable:
         self._take_in(Pin(key, program, ids, now_s, now_s + ttl_s, data), len(fresh) - n_held)
         return True
 
+    def extend(self, key: str, block_ids: BlockIds) -> bool:
+        """Let a pin keep the blocks behind its own too. False, and nothing taken, beyond the budget.
+
+        Raises:
+            KeyError: there is no such pin.
+        """
+        pin = self._pins[key]
+        fresh = self._pinned.add(block_ids)
+        if self.pinned_blocks > self.budget_blocks:
+            self._pinned.remove(block_ids)
+            return False
+        self.pool.acquire(block_ids)
+        self._loose_blocks += len(fresh) - self._held.n_listed(fresh)
+        pin.block_ids = np.concatenate((pin.block_ids, block_ids))
+        return True
+
     def repin(self, pin: Pin) -> None:
         """Undo the end of a pin, in the same scheduling call."""
         fresh = self._pinned.add(pin.block_ids)
@@ -217,6 +240,15 @@ class PinTable:
         if n_inherited < len(pin.block_ids):
             self.pool.release(pin.block_ids[n_inherited:])
         return Released(pin, cause)
+
+    def set_deadline(self, key: str, deadline_s: float) -> None:
+        """A pin lasts until then now.
+
+        Raises:
+            KeyError: there is no such pin.
+        """
+        self._pins[key].deadline_s = deadline_s
+        self._next_deadline_s = min(self._next_deadline_s, deadline_s)
 
     def unpin_program(self, program: str, cause: ReleaseCause) -> list[Released]:
         """End all pins of a program."""
@@ -283,14 +315,22 @@ class PinTable:
         return None
 
     def hold(
-        self, key: str, block_ids: Sequence[int] | BlockIds, *, share: str | None = None
+        self,
+        key: str,
+        block_ids: Sequence[int] | BlockIds,
+        *,
+        share: str | None = None,
+        written: bool = False,
+        owned: bool = False,
     ) -> None:
-        """Keep blocks while a copy reads them.
+        """Keep blocks while a copy reads or writes them.
 
         Args:
             key: Names the hold.
             block_ids: The blocks.
             share: A pin whose references the hold shares if it can.
+            written: The copy writes to them: only `unhold` ends the hold.
+            owned: The caller's references on the blocks become the hold's.
 
         Raises:
             ValueError: `key` holds blocks already.
@@ -306,8 +346,10 @@ class PinTable:
             and np.array_equal(pin.block_ids[: len(ids)], ids)
         ):
             self._shares[pin.key] = key
-        else:
+        elif not owned:
             self.pool.acquire(ids)
+        if written:
+            self._written.add(key)
         self._loose_blocks -= self._pinned.n_listed(self._held.add(ids))
         self._holds[key] = ids
 
@@ -316,6 +358,7 @@ class PinTable:
         ids = self._holds.pop(key, None)
         if ids is None:
             return
+        self._written.discard(key)
         self._loose_blocks += self._pinned.n_listed(self._held.remove(ids))
         sharing = next((pin for pin, hold in self._shares.items() if hold == key), None)
         if sharing is not None:
@@ -330,8 +373,8 @@ class PinTable:
         return [*(pin.block_ids for pin in self._pins.values()), *holds]
 
     def release_all(self, cause: ReleaseCause) -> list[Released]:
-        """End every pin and every hold."""
+        """End every pin, and every hold but those of blocks that a copy writes to."""
         released = [r for key in list(self._pins) if (r := self.unpin(key, cause))]
-        for key in list(self._holds):
+        for key in [key for key in self._holds if key not in self._written]:
             self.unhold(key)
         return released

@@ -263,7 +263,7 @@ class LMCacheBridge:
     def _receive(self, frame: bytes) -> None:
         try:
             reply = wire.reply_decoder.decode(frame)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self._go_away("malformed", f"the server's answer cannot be read: {error}")
             return
         if isinstance(reply, wire.HelloReply):

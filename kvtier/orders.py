@@ -23,7 +23,8 @@ class Order:
     Attributes:
         order_id: Unique in this engine.
         direction: "store" copies blocks to slots, "load" slots to blocks.
-        request_id: For a load, the request that waits for it.
+        request_id: For a load, the request that waits for it; empty where none does, and vLLM is told
+            nothing of it: a prefetch.
         block_ids: GPU blocks, `chunk_blocks` for each chunk, in token order.
         slots: For each rank, one byte offset a chunk; -1 means "not this chunk" (it is there already).
         chunk_blocks: Blocks a chunk.
@@ -64,12 +65,14 @@ class StepOrders:
 
     Attributes:
         step_id: Names the step in the workers' report; 0 where nobody waits for one.
+        measure: Measure the link anew, which takes seconds: an operator has asked for it.
     """
 
     region: Region | None = None
     loads: list[Order] = field(default_factory=list)
     stores: list[Order] = field(default_factory=list)
     step_id: int = 0
+    measure: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +103,14 @@ class Calibration:
         load: The same for slots to GPU blocks.
         prefill: (cached_tokens, new_tokens, seconds) samples of earlier runs.
         profile_path: Where the scheduler half saves what it learns; empty to save nothing.
+        measured_s: When the link was measured, Unix time; None: not known.
     """
 
     store: tuple[float, tuple[tuple[int, float], ...]]
     load: tuple[float, tuple[tuple[int, float], ...]]
     prefill: tuple[tuple[int, int, float], ...]
     profile_path: str
+    measured_s: float | None = None
 
 
 def merge_results(results: list[OrderResult]) -> OrderResult:

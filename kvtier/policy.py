@@ -6,12 +6,14 @@ what the engine observes, and asks `cost_model`. Deterministic: no clock, no ran
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvtier.cost_model import (
     Decision,
+    HoldReason,
     MemoryState,
     PauseState,
     ReturnReason,
@@ -31,7 +33,9 @@ from kvtier.costs.estimators import (
 from kvtier.ttl_controller import TtlController
 
 if TYPE_CHECKING:
+    from kvtier.cost_model import TtlBound
     from kvtier.orders import Calibration, OrderResult
+    from kvtier.ttl.gaps import SurvivalCurve
     from kvtier.turns.engine_facts import EngineFacts, StepFacts
 
 COLD_CPU_FLOPS = 1e11
@@ -88,7 +92,14 @@ class ReturnChoice:
 
 @dataclass(frozen=True, slots=True)
 class PauseFacts:
-    """The state of the engine at the end of a turn; see `PauseState` for the meanings."""
+    """The state of the engine at the end of a turn; see `PauseState` for the meanings.
+
+    Attributes:
+        hint_ttl_s: The TTL that the client asks for.
+        override: What an operator says.
+        ttl_limit_s: What the tenant's budget allows.
+        announced: The distribution of this gap, where the client has announced one.
+    """
 
     now_s: float
     context_tokens: int
@@ -110,6 +121,9 @@ class PauseFacts:
     running_requests: int
     load_backlog_tokens: int
     hint_ttl_s: float | None
+    override: TtlBound | None = None
+    ttl_limit_s: float = math.inf
+    announced: SurvivalCurve | None = None
 
 
 class Policy:
@@ -130,13 +144,15 @@ class Policy:
         self.queue = QueueEstimator()
         self.generation = GenerationEstimator()
         self._interference = CPU_INTERFERENCE if facts.on_cpu else 0.0
-        self._run_bytes = max(1, facts.block_bytes // max(1, facts.n_layers))
+        self.run_bytes = max(1, facts.block_bytes // max(1, facts.n_layers))
         # Steps are many and alike.
         self._decode_steps = Thinning(every=16)
         self._prefill_steps = Thinning(every=4)
         self._running_requests = 0
         self._returns_without_load = 0
         self.profile_path = ""
+        self.calibrated_s: float | None = None
+        """When the link was measured, Unix time; None: it was not."""
         self.prefill_samples: deque[tuple[int, int, float]] = deque(maxlen=64)
 
     def seed_from(self, calibration: Calibration) -> None:
@@ -145,6 +161,7 @@ class Policy:
         self.store_link = LinkEstimator(_times(self.facts.ranks, LinkModel(*calibration.store)))
         self.load_link = LinkEstimator(_times(self.facts.ranks, LinkModel(*calibration.load)))
         self.profile_path = calibration.profile_path
+        self.calibrated_s = calibration.measured_s
         for cached_tokens, new_tokens, seconds in calibration.prefill:
             self.prefill.observe(cached_tokens, new_tokens, seconds)
 
@@ -157,7 +174,7 @@ class Policy:
             self._returns_without_load = 0
         link.observe(result.n_bytes, result.run_bytes, result.seconds)
         if result.run_bytes > 0:
-            self._run_bytes = result.run_bytes
+            self.run_bytes = result.run_bytes
 
     def observe_step(self, step: StepFacts, seconds: float) -> None:
         """A step took this long."""
@@ -252,15 +269,15 @@ class Policy:
             source, tokens, reason = decision.source, decision.reload_tokens, str(decision.reason)
             costs = dict(decision.costs)
             if decision.reason is ReturnReason.RECOMPUTE_CHEAPER and self._is_worth_a_probe(costs):
-                source, tokens, reason = "reload", tier_tokens // chunk * chunk, "link_probe"
+                source, tokens, reason = "reload", tier_tokens // chunk * chunk, PROBE_REASON
         else:
             tokens = forced // chunk * chunk
             source = "reload" if tokens > local_tokens else "recompute"
-            reason, costs = "configured", {}
+            reason, costs = FORCED_REASON, {}
         link_s = 0.0
         if tokens > local_tokens:
             n_bytes = int((tokens - local_tokens) * self.facts.kv_bytes_per_token)
-            link_s = self.load_link.model().seconds(n_bytes, self._run_bytes)
+            link_s = self.load_link.model().seconds(n_bytes, self.run_bytes)
         else:
             tokens = 0
         entry = {
@@ -295,22 +312,26 @@ class Policy:
             store_link=self.store_link.model(),
             load_link=self.load_link.model(),
             load_backlog_bytes=int(pause.load_backlog_tokens * facts.kv_bytes_per_token),
-            run_bytes=self._run_bytes,
+            run_bytes=self.run_bytes,
             prefill=self.prefill.model(),
             memory=self._memory(pause),
             running_requests=pause.running_requests,
             pin_budget_blocks_left=pause.budget_left_blocks,
             output_tokens=max(0, reusable_tokens - pause.prompt_tokens),
             output_reuse=self.ttl.output_reuse,
-            ttl_bound=self.ttl.bound(pause.hint_ttl_s),
-            max_ttl_s=self.config.max_ttl_s,
+            ttl_bound=self.ttl.bound(pause.hint_ttl_s, pause.override),
+            max_ttl_s=min(self.config.max_ttl_s, pause.ttl_limit_s),
             pin_break_probability=self.ttl.pin_break_probability,
             # A lease that has ended only lets others come first: where there is room, KV stays.
             tier_retention_s=self.config.lease_s,
             store_interference=max(0.01, self._interference),
             load_interference=self._interference,
         )
-        return decide_pause(state, self.ttl.away(pause.tool))
+        away = pause.announced or self.ttl.away(pause.tool)
+        decision = decide_pause(state, away)
+        if pause.ttl_limit_s < self.config.max_ttl_s and decision.ttl_s >= pause.ttl_limit_s:
+            return replace(decision, reason=HoldReason.TENANT_BUDGET)
+        return decision
 
     # -- internals ---------------------------------------------------------------------------------
 
@@ -335,7 +356,7 @@ class Policy:
             chunk_tokens=self.facts.chunk_tokens,
             kv_bytes_per_token=self.facts.kv_bytes_per_token,
             link=self.load_link.model(),
-            run_bytes=self._run_bytes,
+            run_bytes=self.run_bytes,
             prefill=self.prefill.model(),
             backlog_bytes=int(backlog_tokens * self.facts.kv_bytes_per_token),
             delayed_requests=self._running_requests + waiting_requests,
@@ -387,5 +408,6 @@ def describe_costs(costs: tuple[tuple[str, float], ...]) -> dict[str, float]:
 
 
 FORCED_REASON = "configured"
-RETURN_REASONS = frozenset({*(str(r) for r in ReturnReason), FORCED_REASON})
+PROBE_REASON = "link_probe"
+RETURN_REASONS = frozenset({*(str(r) for r in ReturnReason), FORCED_REASON, PROBE_REASON})
 """The closed set of reasons of a return decision: label values of `decisions`."""

@@ -198,6 +198,16 @@ class ProgramTable:
         self._idle[program.program_id] = program
         return None
 
+    def name_tool(self, program: ProgramId, tool: str) -> None:
+        """The program runs this tool now: its pauses that have not ended are pauses after such a call."""
+        known = self._programs.get(program)
+        if known is None:
+            return
+        known.last_tool = tool
+        for turn in known.live:
+            if not turn.returned:
+                turn.tool, turn.is_tool_call = tool, True
+
     def end_program(self, program: ProgramId, now_s: float) -> ProgramGone | None:
         """Forget a program that is over: now, or with the last of its active turns.
 

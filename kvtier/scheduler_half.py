@@ -12,185 +12,42 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from kvtier.admission_facts import AdmissionView
-from kvtier.backend import TierBackend, TierState
-from kvtier.gpu_pin import PinTable, ReleaseCause
-from kvtier.orders import OrderIds, StepOrders
-from kvtier.turns.answers import Answers
-from kvtier.turns.arrivals import Arrivals
-from kvtier.turns.deferrals import Deferrals
-from kvtier.turns.endings import Endings
-from kvtier.turns.gauges import Gauges
-from kvtier.turns.housekeeping import Housekeeping
-from kvtier.turns.live_mode import LiveMode, Mode
-from kvtier.turns.pauses import Pauses
-from kvtier.turns.reading import TierReader
-from kvtier.turns.request_view import reusable_blocks, was_aborted
-from kvtier.turns.returns import Returns
-from kvtier.turns.room import Room
-from kvtier.turns.staging import Stager
-from kvtier.turns.step_times import StepTimes
+from kvtier.backend import TierState
+from kvtier.gpu_pin import ReleaseCause
+from kvtier.orders import StepOrders
+from kvtier.scheduler_parts import SchedulerParts
+from kvtier.turns.live_mode import Mode
+from kvtier.turns.request_view import is_wake, reusable_blocks, was_aborted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from kvtier.admission import AdmissionController
-    from kvtier.orders import WorkerReport
-    from kvtier.policy import Policy
-    from kvtier.programs import ProgramTable
-    from kvtier.stats import Stats
-    from kvtier.tools.detection import ToolCallDetector
-    from kvtier.turns.block_pool import VllmBlockPool
-    from kvtier.turns.decision_log import DecisionLog
-    from kvtier.turns.engine_facts import EngineFacts, StepFacts
-    from kvtier.turns.recorder import TurnRecorder
-    from kvtier.turns.turn import Turn
+    from kvtier.orders import OrderResult, WorkerReport
+    from kvtier.turns.engine_facts import StepFacts
 
 
-class SchedulerHalf:
+class SchedulerHalf(SchedulerParts):
     """See the module's docstring."""
-
-    def __init__(
-        self,
-        facts: EngineFacts,
-        *,
-        tier: TierBackend,
-        programs: ProgramTable,
-        admission: AdmissionController[str],
-        policy: Policy,
-        detector: ToolCallDetector,
-        stats: Stats,
-        log: DecisionLog,
-        recorder: TurnRecorder,
-        mode: LiveMode,
-        clock: Callable[[], float],
-        decode: Callable[[Sequence[int]], str],
-        lookup_wait_s: float = 0.0,
-        split_chunks: int = 32,
-        save_prefill: Callable[[str, Sequence[tuple[int, int, float]]], None] | None = None,
-    ) -> None:
-        self.facts = facts
-        self.tier = tier
-        self.programs = programs
-        self.admission = admission
-        self.policy = policy
-        self.stats = stats
-        self._log = log
-        self._recorder = recorder
-        self.live_mode = mode
-        self._clock = clock
-        self._decode = decode
-        self._save_prefill = save_prefill
-        self._lookup_wait_s = lookup_wait_s
-        self._split_chunks = split_chunks
-        self._detector = detector
-        self._turns: dict[str, Turn] = {}
-        self._order_ids = OrderIds()
-        self._steps = StepTimes()
-        self._waiting_tokens: dict[str, int] = {}
-        self._running_requests = 0
-        self.deferrals = Deferrals(admission, self._admission_view, stats)
-        self.reader = TierReader(
-            tier,
-            stats,
-            namespace=facts.namespace(),
-            block_tokens=facts.block_tokens,
-            chunk_blocks=facts.chunk_blocks,
-            order_ids=self._order_ids,
-        )
-
-    def bind(self, pool: VllmBlockPool) -> None:
-        """Receive the block pool; pins and staging exist from here on."""
-        self.pool = pool
-        budget = int(self.facts.pin_budget_fraction * pool.n_blocks)
-        self.pins = PinTable(pool, budget)
-        self.stager = Stager(
-            self.tier,
-            self.pins,
-            self.stats,
-            namespace=self.reader.namespace,
-            chunk_blocks=self.facts.chunk_blocks,
-            split_chunks=self._split_chunks,
-            next_order_id=self._order_ids,
-            chunk_bytes=self.facts.slot_bytes,
-        )
-        self.endings = Endings(
-            self.facts,
-            self.tier,
-            self.programs,
-            self.pins,
-            self.admission,
-            self.policy,
-            self.stats,
-            self._log,
-        )
-        self.arrivals = Arrivals(self.facts, self.programs, self.pins, self.policy, self.stats)
-        self.pauses = Pauses(
-            self.facts,
-            self.tier,
-            pool,
-            self.pins,
-            self.stager,
-            self.policy,
-            self.stats,
-            self._log,
-            self.endings.unpin,
-            self._clock,
-        )
-        self.returns = Returns(
-            self.facts,
-            self.reader,
-            self.stager,
-            self.pins,
-            self.policy,
-            self.stats,
-            self._log,
-            self.endings.note,
-        )
-        self.room = Room(pool, self.pins, self.stager, self.endings.note)
-        self.endings.bind(self.stager, self.returns)
-        self.stats.read_gauges = Gauges(
-            self.facts,
-            self.tier,
-            self.programs,
-            self.pins,
-            self.stager,
-            self.policy,
-            self.live_mode,
-            self.stats,
-            lambda: sum(self._waiting_tokens.values()),
-        ).set
-        self.answers = Answers(
-            self.facts,
-            self.tier,
-            self.stager,
-            self.reader,
-            self.returns,
-            self.policy,
-            self.stats,
-            self._turns,
-        )
-        self.housekeeping = Housekeeping(
-            self.answers,
-            self.live_mode,
-            self.stats,
-            self.pins,
-            self.stager,
-            self.programs,
-            self.endings,
-        )
 
     # -- a request's life --------------------------------------------------------------------------
 
     def on_new_request(self, request: Any) -> None:
         """Step 1: find the request's program, record the gap since its last turn."""
         now_s = self._clock()
+        if is_wake(request):
+            # No turn: the engine was idle, and there is something to do.
+            self.housekeeping.run(now_s, urgent=True)
+            self.report(now_s)
+            return
         self.housekeeping.run(now_s)
         # A client that uses an id again: what its last bearer has left ends.
         self.endings.unpin(request.request_id, ReleaseCause.SUPERSEDED)
         self.stager.cancel(request.request_id)
         turn, start = self.arrivals.take(request, now_s, sum(self._waiting_tokens.values()))
+        self.prefetcher.returned(turn.program, now_s)
         self._turns[request.request_id] = turn
+        self.policy.ttl.announcements.forget(turn.program)
+        self._happenings.turn_started(turn, start)
         self._waiting_tokens[request.request_id] = request.num_tokens
         self.admission.on_arrival(
             request.request_id,
@@ -218,6 +75,8 @@ class SchedulerHalf:
             self.reader.release(request.request_id)
             return None
         turn.local_tokens = local_tokens
+        if self.prefetcher.delays(turn, now_s):
+            return None
         readable = self.returns.readable_tokens(turn)
         if readable <= local_tokens or self.tier.state is not TierState.READY:
             self.reader.release(request.request_id)
@@ -267,10 +126,18 @@ class SchedulerHalf:
         if not turn.counted:
             turn.counted = True
             self.returns.count_sources(turn, pinned_tokens, external_tokens)
+            self._happenings.turn_running(turn, turn.local_tokens, external_tokens, now_s)
         self.room.forget(request.request_id)
 
     def finished(self, request: Any, block_ids: Sequence[int]) -> dict[str, Any] | None:
         """Step 7: the turn is over, its blocks are still its own. Decide where its KV waits."""
+        told = self._finished(request, block_ids)
+        if not self._turns:
+            # Before the client has its answer: who asks the control server then is told of this turn.
+            self.report(self._clock())
+        return told
+
+    def _finished(self, request: Any, block_ids: Sequence[int]) -> dict[str, Any] | None:
         self.reader.release(request.request_id)
         self._waiting_tokens.pop(request.request_id, None)
         self.deferrals.finished(request.request_id)
@@ -290,10 +157,13 @@ class SchedulerHalf:
         )
         aborted = was_aborted(request, self._decode)
         if aborted and not turn.started:
-            self.endings.turn_aborted(request.request_id, now_s)
+            self.endings.turn_aborted(turn, now_s)
             return None
+        announced = self.policy.ttl.announcements.of(turn.program)
         call = self._detector.detect(
-            request.output_token_ids, hint=turn.hints.tool, complete=not aborted
+            request.output_token_ids,
+            hint=turn.hints.tool or (announced.tool if announced is not None else None),
+            complete=not aborted,
         )
         self._recorder.write(turn, call.tool, now_s)
         if self.endings.turn_finished(turn, call, len(reusable), now_s, aborted=aborted):
@@ -303,6 +173,8 @@ class SchedulerHalf:
         chain = None
         if turn.tierable and self.tier.state is TierState.READY:
             chain = self.returns.chain_of(turn, len(reusable) * self.facts.block_tokens)
+            if not aborted:
+                self.prefetcher.remember(turn, call.tool, len(reusable), chain)
         told = self.pauses.decide(
             turn,
             call,
@@ -311,9 +183,7 @@ class SchedulerHalf:
             now_s=now_s,
             aborted=aborted,
             shadow=self.live_mode.mode is Mode.SHADOW,
-            waiting=(len(self._waiting_tokens), sum(self._waiting_tokens.values())),
-            running_requests=self._running_requests,
-            load_backlog_tokens=self.reader.backlog_tokens,
+            load=self._load(),
         )
         self.stats.sample("decision_seconds", self._clock() - now_s, "pause")
         if self.tier.state is not TierState.READY and self.pins.of_program(turn.program):
@@ -342,7 +212,12 @@ class SchedulerHalf:
     def before_reset(self) -> None:
         """The prefix cache is about to be reset (sleep, pause, new weights): hold nothing."""
         self.stager.cancel_all()
+        self.prefetcher.before_reset()
         self.endings.note(*self.pins.release_all(ReleaseCause.RESET))
+
+    def after_reset(self) -> None:
+        """It was reset, or could not be. See `Prefetcher.after_reset`."""
+        self.prefetcher.after_reset()
 
     def reset_tier(self) -> None:
         """The weights may have changed: KV from before must not be read again. A new epoch.
@@ -356,6 +231,7 @@ class SchedulerHalf:
             uuid.uuid4().hex
         )
         self.stager.forget_all()
+        self.prefetcher.new_epoch(self.reader.namespace)
         for request_id in self._turns:
             self.reader.release(request_id)
 
@@ -373,9 +249,14 @@ class SchedulerHalf:
             )
         self.housekeeping.run(now_s)
         stores = self.stager.advance(now_s)
+        self.prefetcher.advance(now_s)
         self.deferrals.step_ended(now_s, step.running_requests + self.reader.n_loads)
+        measure = self._measure_due and not step.running_requests
+        self._measure_due &= not measure
+        prefetches = self.prefetcher.take_orders()
         # Last: whatever fails before, the orders that requests wait for are still there.
-        return StepOrders(self.tier.region, self.reader.take_orders(), stores, step_id)
+        loads = [*self.reader.take_orders(), *prefetches]
+        return StepOrders(self.tier.region, loads, stores, step_id, measure)
 
     def on_worker(self, report: WorkerReport) -> None:
         """The end of a step: the workers' results, and once what they measured at start."""
@@ -389,32 +270,48 @@ class SchedulerHalf:
 
     def take_stats(self) -> dict[str, Any]:
         """What was counted; while turns run, a few times a second: reading the gauges takes time."""
+        self.report(self._clock())
         return self.stats.take(self._clock()) if self._turns else self.stats.take()
 
     def has_work(self) -> bool:
         """Whether the engine must keep stepping although no request needs it."""
-        return hasattr(self, "stager") and self.stager.busy()
+        return hasattr(self, "stager") and (
+            self.stager.busy() or self.prefetcher.busy() or self._measure_due
+        )
 
-    def shutdown(self) -> None:
-        """Give everything back."""
-        if hasattr(self, "pins"):
+    def report(self, now_s: float) -> None:
+        """Tell the control server what has happened; at once where the engine goes idle now."""
+        if self._link is not None:
+            self._link.report(now_s, idle=not self._turns)
+
+    def late_results(self, results: Iterable[OrderResult]) -> bool:
+        """After `shutdown`: copies have ended that wrote to blocks of ours; False when none is left."""
+        for result in self.answers.merged(results):
+            self.prefetcher.on_result(result)
+        return self.prefetcher.n_in_flight > 0
+
+    def shutdown(self, *, engine_goes_on: bool = False) -> bool:
+        """Give everything back, but for blocks that copies write to where the engine goes on.
+
+        Args:
+            engine_goes_on: kvtier ends without its engine.
+
+        Returns:
+            Whether there are such blocks: the workers' results go to `late_results` then.
+        """
+        writing = False
+        if hasattr(self, "prefetcher"):
             self.stager.cancel_all()
+            self.prefetcher.stop_all()
+            if not engine_goes_on:
+                self.prefetcher.drop_all()
+            writing = self.prefetcher.n_in_flight > 0
             self.pins.release_all(ReleaseCause.SHUTDOWN)
         if self._save_prefill is not None and self.policy.profile_path:
             self._save_prefill(self.policy.profile_path, list(self.policy.prefill_samples))
+        if self._link is not None:
+            self._link.close()
         self.tier.close()
         self._log.close()
         self._recorder.close()
-
-    def _admission_view(self, now_s: float) -> AdmissionView:
-        region = self.tier.region if self.tier.state is TierState.READY else None
-        tier_bytes = region.size_bytes if region is not None else 0
-        return AdmissionView(
-            now_s=now_s,
-            free_blocks=self.pool.n_free,
-            total_blocks=self.pool.n_blocks,
-            running_requests=self._running_requests + self.reader.n_loads,
-            pinned_blocks=self.pins.pinned_blocks,
-            tier_blocks=tier_bytes // (self.facts.block_bytes * self.facts.ranks),
-            round_s=self.policy.round_s(*self.admission.busy),
-        )
+        return writing

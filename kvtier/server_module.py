@@ -177,7 +177,7 @@ class KVTierModule:
     def _answer(self, identity: bytes, frame: bytes, now_s: float) -> wire.Reply:
         try:
             request = wire.request_decoder.decode(frame)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return wire.Failed(0, "malformed", str(error))
         if isinstance(request, wire.Hello):
             return self._hello(identity, request)

@@ -42,6 +42,18 @@ METRICS: dict[str, Metric] = {
     "loaded_bytes": Metric("counter", "Bytes copied from the CPU tier to GPU blocks."),
     "staged_tokens": Metric("counter", "Tokens whose KV the CPU tier has confirmed to hold."),
     "failures": Metric("counter", "What went wrong; every one ended in recompute.", ("kind",)),
+    "prefetches": Metric(
+        "counter",
+        "Prefetches asked for, by what became of the question and why.",
+        ("outcome", "reason"),
+    ),
+    "prefetch_ends": Metric("counter", "Prefetches that ended, by why.", ("reason",)),
+    "prefetched_tokens": Metric("counter", "Tokens whose KV was loaded before their program came."),
+    "commands": Metric(
+        "counter",
+        "Commands of operators and clients, by what became of them.",
+        ("command", "outcome"),
+    ),
     "deferrals": Metric(
         "counter", "Waiting requests passed over in a step, by reason.", ("reason",)
     ),

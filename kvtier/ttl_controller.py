@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 
 from kvtier.costs.estimators import ShareEstimator
 from kvtier.costs.pinned_turn import PinnedTurn
+from kvtier.ttl.announcements import Announcements
 from kvtier.ttl.gaps import GapBook, SurvivalCurve
-from kvtier.ttl.holding import TtlBound
+from kvtier.ttl.overrides import OverrideTable, joined
+from kvtier.ttl.tenant_budgets import TenantBudgets
 
 if TYPE_CHECKING:
     from kvtier.gpu_pin import Pin
+    from kvtier.ttl.holding import TtlBound
 
 _MODEL = ""
 """One engine serves one model; adapters share its template."""
@@ -31,10 +34,13 @@ PRIOR_BREAK_PROBABILITY = 0.1
 
 
 class TtlController:
-    """Gaps, broken pins and the reuse of outputs of one engine."""
+    """Gaps, broken pins and the reuse of outputs of one engine; what clients and operators say besides."""
 
     def __init__(self, *, fixed_ttl_s: float | None = None) -> None:
         """Know nothing yet; ``fixed_ttl_s`` is the operator's TTL for every pause."""
+        self.overrides = OverrideTable()
+        self.announcements = Announcements()
+        self.budgets = TenantBudgets()
         self._fixed_ttl_s = fixed_ttl_s
         self._gaps = GapBook()
         self._reuse = OutputReuse()
@@ -86,10 +92,10 @@ class TtlController:
         """Share of pins that pressure ends before the program returns."""
         return self._broken.share
 
-    def bound(self, hint_ttl_s: float | None) -> TtlBound | None:
-        """What the operator, else the client, says about a pause's TTL."""
-        ttl_s = hint_ttl_s if self._fixed_ttl_s is None else self._fixed_ttl_s
-        return None if ttl_s is None else TtlBound("fixed", ttl_s)
+    def bound(self, hint_ttl_s: float | None, override: TtlBound | None = None) -> TtlBound | None:
+        """What the operator's override, and the settings or else the client, say about a pause's TTL."""
+        asked_s = hint_ttl_s if self._fixed_ttl_s is None else self._fixed_ttl_s
+        return joined(override, asked_s)
 
     def regret_s_per_block(self, pin: Pin, now_s: float, *, staged: bool) -> float:
         """Expected loss of ending a pin now, seconds a block: what a miss costs times its chance.
@@ -105,12 +111,14 @@ class TtlController:
         data = pin.data
         if not isinstance(data, PinnedTurn):
             return 0.0
-        curve = self._gaps.curve(data.tool)
-        waited_s = max(0.0, now_s - pin.pinned_s)
+        curve, since_s = self._gaps.curve(data.tool), pin.pinned_s
+        if data.announced is not None:
+            curve, since_s = data.announced, data.announced_s
+        waited_s = max(0.0, now_s - since_s)
         away = curve.survival(waited_s)
         if away <= 0.0:
             return 0.0
-        still_away = curve.survival(max(waited_s, pin.deadline_s - pin.pinned_s))
+        still_away = curve.survival(max(waited_s, pin.deadline_s - since_s))
         miss_s = data.miss_staged_s if staged else data.miss_unstaged_s
         return (1.0 - still_away / away) * miss_s / max(1, len(pin.block_ids))
 

@@ -6,20 +6,21 @@ with it. Results are collected after it. Nothing here blocks the forward pass.
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 from typing import TYPE_CHECKING
 
 from kvtier.calibration import (
     CalibrationError,
+    fresh_profile,
     load_profile,
-    measure_link,
-    new_profile,
+    measure_profile,
     profile_path,
     save_profile,
 )
 from kvtier.copies.kv_layout import KVLayout
 from kvtier.copies.plan import CopyOrder
-from kvtier.cpu_pool import CpuPool
+from kvtier.cpu_pool import CpuPool, default_engine
 from kvtier.orders import Calibration, Order, OrderResult, StepOrders
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     from kvtier.backend import Region
     from kvtier.copies.plan import CopyResult
+    from kvtier.copy_engine import CopyEngine
+    from kvtier.cpu_pool import SharedRegion
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +85,19 @@ class WorkerHalf:
             # Pins still work. What the scheduler orders fails, is counted, and is computed instead.
             logger.error("kvtier cannot copy this model's KV, it is pinned only: %s", error)  # noqa: TRY400
             return
-        self._pool = CpuPool(layout)
+        self._pool = CpuPool(layout, engine_factory=self._engine)
+        self._kv_layout = layout
         if self._profile_dir is not None and self._rank == 0:
             self._calibration = calibrate(
                 layout, self._model, self._profile_dir, may_measure=self._may_measure
             )
+
+    def _engine(self, layout: KVLayout, region: SharedRegion) -> CopyEngine:
+        """The copy engine, which chooses its ways as this machine's profile says."""
+        if self._profile_dir is None:
+            return default_engine(layout, region)
+        profile = load_profile(profile_path(self._profile_dir, self._model, layout.fingerprint))
+        return default_engine(layout, region, None if profile is None else profile.switch())
 
     def _layout(self, kv_caches: dict[str, torch.Tensor]) -> KVLayout:
         layout = KVLayout.from_kv_caches(kv_caches, num_blocks=self._n_blocks)
@@ -102,6 +113,8 @@ class WorkerHalf:
 
     def submit(self, orders: StepOrders) -> None:
         """Start a step's copies, loads first."""
+        if orders.measure:
+            self._measure()
         region = orders.region
         if self._pool is None:
             for order in (*orders.loads, *orders.stores):
@@ -118,6 +131,13 @@ class WorkerHalf:
                 self._pool.submit(self._copy_order(order))
             except (ValueError, RuntimeError, IndexError) as error:
                 self._finish(_failed(order, f"{type(error).__name__}: {error}"))
+
+    def _measure(self) -> None:
+        """Measure the link anew and keep the result; the engine is idle."""
+        if self._pool is not None and self._profile_dir is not None and self._rank == 0:
+            self._calibration = calibrate(
+                self._kv_layout, self._model, self._profile_dir, may_measure=True, afresh=True
+            )
 
     def collect(self) -> None:
         """Take what the copy engine has finished."""
@@ -203,25 +223,33 @@ class WorkerHalf:
             )
         if result.direction == "load":
             order = self._loads.pop(str(result.order_id))
+            if not order.request_id:
+                return
             self._loaded.add(order.request_id)
             if not result.ok:
                 self._bad_blocks.update(order.block_ids[order.skip_blocks :])
 
 
 def calibrate(
-    layout: KVLayout, model: str, profile_dir: Path, *, may_measure: bool
+    layout: KVLayout, model: str, profile_dir: Path, *, may_measure: bool, afresh: bool = False
 ) -> Calibration | None:
-    """The stored profile of this machine and model, or a measurement of about two seconds."""
+    """The stored profile of this machine and model if it still holds, or a measurement of two seconds.
+
+    With `afresh` the link is measured in any case; what is known of prefill times stays.
+    """
     path = profile_path(profile_dir, model, layout.fingerprint)
-    profile = load_profile(path)
-    if profile is None:
-        if not may_measure:
-            return None
+    stored = load_profile(path)
+    profile = None if afresh else fresh_profile(profile_dir, model, layout)
+    if profile is None and may_measure:
         try:
-            profile = new_profile(model, layout, measure_link(layout.device))
+            profile = measure_profile(model, layout, () if stored is None else stored.prefill)
         except CalibrationError as error:
             logger.warning("link not measured, the cost model starts from guesses: %s", error)
-            return None
+    # One that no longer holds says more than a guess.
+    profile = profile or stored
+    if profile is None:
+        return None
+    if profile != stored:
         try:
             save_profile(path, profile)
         except OSError as error:
@@ -231,7 +259,15 @@ def calibrate(
         load=(profile.load.latency_s, profile.load.points),
         prefill=tuple((p.cached_tokens, p.new_tokens, p.seconds) for p in profile.prefill),
         profile_path=str(path),
+        measured_s=_unix_s(profile.measured_at),
     )
+
+
+def _unix_s(iso: str) -> float | None:
+    try:
+        return dt.datetime.fromisoformat(iso).timestamp()
+    except ValueError:
+        return None
 
 
 def _failed(order: Order, error: str) -> OrderResult:

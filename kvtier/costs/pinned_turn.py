@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvtier.chunk_keys import ChunkChain
+    from kvtier.ttl.gaps import SurvivalCurve
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,10 @@ class PinnedTurn:
         strand: Name under which it does.
         miss_unstaged_s: What a return without the GPU copy costs more, seconds, without a staged copy.
         miss_staged_s: The same once the staged prefix is confirmed.
+        tenant: vLLM's `cache_salt`, whose budget the pin is charged to.
+        announced: The gap that the client has announced, in place of those that were learned.
+        announced_s: From when on it counts.
+        chain: Chunk keys of its tokens; None where the KV may not leave the GPU.
     """
 
     tool: str | None
@@ -29,3 +38,7 @@ class PinnedTurn:
     strand: str = ""
     miss_unstaged_s: float = 0.0
     miss_staged_s: float = 0.0
+    tenant: str | None = None
+    announced: SurvivalCurve | None = None
+    announced_s: float = 0.0
+    chain: ChunkChain | None = None

@@ -71,6 +71,8 @@ class VirtualWorker:
             results.append(
                 OrderResult(order.order_id, order.direction, False, 0, 0.0, 0, "refused")
             )
+            if not order.request_id:
+                continue
             loaded.add(order.request_id)
             output.invalid_block_ids.update(order.block_ids[order.skip_blocks :])
         self._failed = []
@@ -80,7 +82,7 @@ class VirtualWorker:
                 results.append(_result(transfer, what, self._machine.block_bytes))
             else:
                 copies.append(what)
-            if transfer.direction == "load":
+            if transfer.direction == "load" and what.request_id:
                 loaded.add(what.request_id)
         output.finished_recving = loaded or None
         output.kv_connector_worker_meta = KVTierWorkerMetadata(

@@ -219,16 +219,22 @@ def server_command(spec: ServerSpec, endpoint: Endpoint) -> list[str]:
     return argv + list(spec.extra_args)
 
 
-def server_environment(spec: ServerSpec) -> dict[str, str]:
-    """Return the environment of guardian and server: this process's, plus quiet LMCache."""
+def python_environment() -> dict[str, str]:
+    """Return the environment in which a detached process finds this kvtier: this process's."""
     env = dict(os.environ)
-    env.update(LMCACHE_TRACK_USAGE="false", LMCACHE_DISABLE_BANNER="1", OMP_NUM_THREADS="1")
     paths = [str(Path(p).absolute()) for p in env.get("PYTHONPATH", "").split(os.pathsep) if p]
-    package_root = str(Path(__file__).resolve().parent.parent)
+    package_root = str(Path(__file__).resolve().parent.parent.parent)
     if package_root not in {*paths, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
         paths.insert(0, package_root)
     if paths:
         env["PYTHONPATH"] = os.pathsep.join(paths)
+    return env
+
+
+def server_environment(spec: ServerSpec) -> dict[str, str]:
+    """Return the environment of guardian and server: this process's, plus quiet LMCache."""
+    env = python_environment()
+    env.update(LMCACHE_TRACK_USAGE="false", LMCACHE_DISABLE_BANNER="1", OMP_NUM_THREADS="1")
     if spec.command is None and _bytecode_is_never_kept():
         # Compiling torch's and LMCache's sources anew doubles the start time.
         env.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -43,6 +43,8 @@ class StopResult:
 
 def _known_files(run_dir: Path) -> list[ServerFiles]:
     names = {path.name.removesuffix(".json") for path in run_dir.glob("*.json")}
+    # The control server's record, which is no LMCache server's.
+    names.discard("kvtier.control")
     if (run_dir / "leases").is_dir():
         names |= {path.name for path in (run_dir / "leases").iterdir()}
     return [ServerFiles(run_dir, name) for name in sorted(names)]

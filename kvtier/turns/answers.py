@@ -9,12 +9,14 @@ from kvtier.backend import StateChanged, TierBackend, TierState
 from kvtier.turns.step_times import RankResults
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from kvtier.orders import OrderResult
     from kvtier.policy import Policy
     from kvtier.stats import Stats
     from kvtier.turns.engine_facts import EngineFacts
+    from kvtier.turns.happenings import Happenings
+    from kvtier.turns.prefetch import Prefetcher
     from kvtier.turns.reading import TierReader
     from kvtier.turns.returns import Returns
     from kvtier.turns.staging import Stager
@@ -24,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Answers:
-    """Hands each answer to the one who asked: staging or reading."""
+    """Hands each answer to the one who asked: staging, prefetching or reading."""
 
     def __init__(
         self,
@@ -32,18 +34,22 @@ class Answers:
         tier: TierBackend,
         stager: Stager,
         reader: TierReader,
+        prefetcher: Prefetcher,
         returns: Returns,
         policy: Policy,
         stats: Stats,
         turns: Mapping[str, Turn],
+        happenings: Happenings,
     ) -> None:
         self._tier = tier
         self._stager = stager
         self._reader = reader
+        self._prefetcher = prefetcher
         self._returns = returns
         self._policy = policy
         self._stats = stats
         self._turns = turns
+        self._happenings = happenings
         self._rank_results = RankResults(facts.ranks)
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> None:
@@ -51,13 +57,17 @@ class Answers:
         for event in self._tier.poll(now_s, wait_s):
             if isinstance(event, StateChanged):
                 self._tier_changed(event)
-            elif not self._stager.on_event(event, now_s):
+            elif not (self._stager.on_event(event, now_s) or self._prefetcher.on_event(event)):
                 self._reader.on_event(event)
 
     def results(self, results: Iterable[OrderResult]) -> None:
         """Take workers' results; an order counts when all ranks have reported it."""
-        for result in self._rank_results.complete(results):
+        for result in self.merged(results):
             self._complete(result)
+
+    def merged(self, results: Iterable[OrderResult]) -> Iterator[OrderResult]:
+        """The orders that all ranks have reported now."""
+        return self._rank_results.complete(results)
 
     def _tier_changed(self, event: StateChanged) -> None:
         if event.state is TierState.READY:
@@ -66,6 +76,7 @@ class Answers:
             logger.warning("CPU tier away, pinning only: %s", event.detail)
             self._stats.count("failures", 1, "tier_lost")
             self._reader.tier_lost()
+        self._prefetcher.tier_lost()
         self._stager.forget_all()
         self._stats.due()
 
@@ -75,7 +86,7 @@ class Answers:
             self._stats.sample("copy_seconds", result.seconds, result.direction)
             name = "staged_bytes" if result.direction == "store" else "loaded_bytes"
             self._stats.count(name, result.n_bytes)
-        if self._stager.on_result(result):
+        if self._stager.on_result(result) or self._prefetcher.on_result(result):
             return
         done = self._reader.on_result(result)
         if done is None:
@@ -83,6 +94,9 @@ class Answers:
         turn = self._turns.get(done.request_id)
         if turn is not None:
             self._returns.count_loaded(turn, ok=done.ok)
+            self._happenings.loaded(
+                turn.program, turn.request_id, done.n_tokens, result.seconds, ok=done.ok
+            )
         if not done.ok:
             if turn is not None:
                 turn.bypass_tier = True

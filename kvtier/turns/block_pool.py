@@ -8,6 +8,7 @@ version number.
 from __future__ import annotations
 
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from kvtier.block_ids import as_block_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -123,6 +124,62 @@ class VllmBlockPool:
         if blocks:
             self._pool.free_blocks(blocks)
 
+    def allocate(self, n_blocks: int) -> BlockIds | None:
+        """Take free blocks, each with one reference, which is the caller's; None where there are too few."""
+        if n_blocks > self.n_free:
+            return None
+        return as_block_ids([block.block_id for block in self._pool.get_new_blocks(n_blocks)])
+
+    def cached_prefix(self, block_hashes: Iterable[bytes]) -> BlockIds:
+        """The blocks that a prompt with these hashes would hit, up to the first that none holds."""
+        hit = []
+        for block_hash in block_hashes:
+            found = self._pool.get_cached_block(block_hash, [0])
+            if not found:
+                break
+            hit.append(found[0].block_id)
+        return as_block_ids(hit)
+
+    def cache(self, block_ids: BlockIds, block_hashes: Sequence[bytes], first: int) -> BlockIds:
+        """Let prompts hit blocks of ours that hold loaded KV, as vLLM does for a request that has computed it.
+
+        Args:
+            block_ids: The blocks, new and in token order.
+            block_hashes: Their hashes.
+            first: How many blocks come before them in the sequence.
+
+        Returns:
+            The block that each hash hits from now on: another one where it was cached already.
+        """
+        blocks, hit, run = self._by_id[block_ids].tolist(), block_ids.copy(), 0
+        for i, block_hash in enumerate(block_hashes):
+            found = self._pool.get_cached_block(block_hash, [0])
+            if found:
+                hit[i] = found[0].block_id
+                self._cache_run(blocks[run:i], block_hashes[run:i], first + run)
+                run = i + 1
+        self._cache_run(blocks[run:], block_hashes[run:], first + run)
+        return hit
+
+    def _cache_run(self, blocks: list[Any], block_hashes: Sequence[bytes], first: int) -> None:
+        if not blocks:
+            return
+        # What vLLM's method reads of a request. For its events it would also read the tokens, which nobody
+        # knows any more: who follows them does not hear of these blocks.
+        pool, told = self._pool, getattr(self._pool, "enable_kv_cache_events", False)
+        pool.enable_kv_cache_events = False
+        try:
+            pool.cache_full_blocks(
+                request=SimpleNamespace(block_hashes=[*[b""] * first, *block_hashes]),
+                blocks=[*[None] * first, *blocks],
+                num_cached_blocks=first,
+                num_full_blocks=first + len(blocks),
+                block_size=pool.hash_block_size,
+                kv_cache_group_id=0,
+            )
+        finally:
+            pool.enable_kv_cache_events = told
+
     def n_uncached_free(self, limit: int) -> int:
         """Free blocks that hold nobody's KV, up to `limit`.
 
@@ -159,6 +216,7 @@ def wrap_allocation(
     manager: Any,
     make_room: Callable[[Any, Callable[[], Any], Callable[[], int]], Any],
     before_reset: Callable[[], None],
+    after_reset: Callable[[], None] = lambda: None,
 ) -> None:
     """Let pins yield exactly when an allocation would fail, and before a prefix-cache reset.
 
@@ -171,6 +229,7 @@ def wrap_allocation(
             how many free blocks its last try wanted at least (0: not known), when the allocation
             returned None; returns the final result.
         before_reset: Called before `reset_prefix_cache`, which refuses while blocks are referenced.
+        after_reset: Called behind it, whatever came of it.
     """
     allocate, reset = manager.allocate_slots, manager.reset_prefix_cache
     last_need = _record_needs(manager)
@@ -183,7 +242,10 @@ def wrap_allocation(
 
     def reset_prefix_cache(*args: Any, **kwargs: Any) -> Any:
         before_reset()
-        return reset(*args, **kwargs)
+        try:
+            return reset(*args, **kwargs)
+        finally:
+            after_reset()
 
     manager.allocate_slots = allocate_slots
     manager.reset_prefix_cache = reset_prefix_cache

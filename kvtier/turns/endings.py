@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvtier.backend import TierBackend, TierState
-from kvtier.gpu_pin import PinTable, ReleaseCause
+from kvtier.costs.pinned_turn import PinnedTurn
+from kvtier.gpu_pin import Pin, PinTable, ReleaseCause
 from kvtier.programs import TurnResult
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvtier.admission import AdmissionController
     from kvtier.gpu_pin import Released
     from kvtier.policy import Policy
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from kvtier.tools.detection import ToolCall
     from kvtier.turns.decision_log import DecisionLog
     from kvtier.turns.engine_facts import EngineFacts
+    from kvtier.turns.happenings import Happenings
+    from kvtier.turns.prefetch import Prefetcher
     from kvtier.turns.returns import Returns
     from kvtier.turns.staging import Stager
     from kvtier.turns.turn import Turn
@@ -39,6 +44,8 @@ class Endings:
         policy: Policy,
         stats: Stats,
         log: DecisionLog,
+        happenings: Happenings,
+        clock: Callable[[], float],
     ) -> None:
         self._facts = facts
         self._tier = tier
@@ -48,17 +55,21 @@ class Endings:
         self._policy = policy
         self._stats = stats
         self._log = log
+        self._happenings = happenings
+        self._clock = clock
 
-    def bind(self, stager: Stager, returns: Returns) -> None:
+    def bind(self, stager: Stager, returns: Returns, prefetcher: Prefetcher) -> None:
         """Receive those who remember programs, and themselves end pins through this."""
         self._stager = stager
         self._returns = returns
+        self._prefetcher = prefetcher
 
     def note(self, *released: Released | None) -> None:
         """Pins have ended."""
         for item in released:
             if item is None:
                 continue
+            self._give_back(item.pin)
             self._stats.count("pin_releases", 1, item.cause)
             if item.cause in _NATURAL_ENDS or item.cause is ReleaseCause.PRESSURE:
                 self._policy.ttl.observe_pin_end(broken=item.cause is ReleaseCause.PRESSURE)
@@ -68,14 +79,30 @@ class Endings:
             if not self._pins.of_program(item.pin.program):
                 self._admission.on_kv_released(item.pin.program)
 
+    def _give_back(self, pin: Pin) -> None:
+        """A tenant is charged only for the time that its pin lasted."""
+        budgets, data = self._policy.ttl.budgets, pin.data
+        if budgets and isinstance(data, PinnedTurn):
+            now_s = self._clock()
+            n_bytes = len(pin.block_ids) * self._facts.block_bytes
+            budgets.give_back(data.tenant, n_bytes, pin.deadline_s - now_s, now_s)
+
+    def charge(self, pin: Pin, extra_s: float) -> None:
+        """A pin lasts for so much longer than it was to (or shorter): its tenant is charged for it."""
+        budgets, data = self._policy.ttl.budgets, pin.data
+        if budgets and isinstance(data, PinnedTurn):
+            n_bytes = len(pin.block_ids) * self._facts.block_bytes
+            budgets.reserve(data.tenant, n_bytes, extra_s, self._clock())
+
     def unpin(self, key: str, cause: ReleaseCause) -> None:
         """End a pin, if there is one."""
         self.note(self._pins.unpin(key, cause))
 
-    def turn_aborted(self, request_id: str, now_s: float) -> None:
+    def turn_aborted(self, turn: Turn, now_s: float) -> None:
         """A request has gone that never began."""
-        gone = self._programs.turn_aborted(request_id, now_s)
-        self._admission.on_aborted(request_id)
+        gone = self._programs.turn_aborted(turn.request_id, now_s)
+        self._admission.on_aborted(turn.request_id)
+        self._happenings.turn_ended(turn, None, None, now_s, aborted=True)
         if gone is not None:
             self.program_gone(gone)
 
@@ -112,6 +139,8 @@ class Endings:
             now_s=now_s,
         )
         self._policy.observe_output(request.num_output_tokens)
+        expected_s = self._policy.ttl.away(call.tool).quantile(0.5)
+        self._happenings.turn_ended(turn, call.tool, expected_s, now_s, aborted=aborted)
         if end is None:
             return False
         for key in end.superseded:
@@ -144,3 +173,6 @@ class Endings:
         self.note(*self._pins.unpin_program(program, ReleaseCause.ENDED))
         self._returns.forget(program)
         self._stager.forget(program)
+        self._prefetcher.forget(program)
+        self._policy.ttl.announcements.forget(program)
+        self._happenings.program_gone(program)

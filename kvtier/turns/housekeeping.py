@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kvtier.programs import ProgramTable
     from kvtier.stats import Stats
     from kvtier.turns.answers import Answers
+    from kvtier.turns.control import Control
     from kvtier.turns.endings import Endings
     from kvtier.turns.staging import Stager
 
@@ -29,6 +30,7 @@ class Housekeeping:
         stager: Stager,
         programs: ProgramTable,
         endings: Endings,
+        control: Control | None = None,
     ) -> None:
         self._answers = answers
         self._mode = mode
@@ -37,12 +39,15 @@ class Housekeeping:
         self._stager = stager
         self._programs = programs
         self._endings = endings
+        self._control = control
         self._seen_mode: Mode | None = None
         self._next_forget_s = float("-inf")
 
-    def run(self, now_s: float) -> None:
-        """Do what is due."""
+    def run(self, now_s: float, *, urgent: bool = False) -> None:
+        """Do what is due; `urgent`: the engine was woken, as there are commands."""
         self._answers.poll(now_s)
+        if self._control is not None:
+            self._control.run(now_s, urgent=urgent)
         mode = self._mode.refresh(now_s)
         if mode is not self._seen_mode:
             self._seen_mode = mode

@@ -42,6 +42,14 @@ class LiveMode:
         self._complained: str | None = None
         self.mode = configured
 
+    def set(self, mode: Mode) -> bool:
+        """An operator's command: as if `mode` were configured. False where the switch file says otherwise."""
+        self._configured = mode
+        if self._switch_file is None or not self._switch_file.exists():
+            logger.warning("kvtier mode is now %s (was %s), by command", mode, self.mode)
+            self.mode = mode
+        return self.mode is mode
+
     def refresh(self, now_s: float) -> Mode:
         """The mode at `now_s`; reads the file at most once in `CHECK_INTERVAL_S`."""
         if self._switch_file is None or now_s < self._next_check_s:

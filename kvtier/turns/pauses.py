@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvtier.backend import TierBackend, TierState
 from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.gpu_pin import Pin, ReleaseCause
 from kvtier.policy import PauseFacts, Policy, describe_costs
+from kvtier.programs import bounded_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,11 +21,30 @@ if TYPE_CHECKING:
     from kvtier.gpu_pin import PinTable
     from kvtier.stats import Stats
     from kvtier.tools.detection import ToolCall
+    from kvtier.ttl.announcements import Announcement
     from kvtier.turns.block_pool import VllmBlockPool
     from kvtier.turns.decision_log import DecisionLog
     from kvtier.turns.engine_facts import EngineFacts
+    from kvtier.turns.happenings import Happenings
     from kvtier.turns.staging import Stager
     from kvtier.turns.turn import Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the engine has to do at a pause.
+
+    Attributes:
+        waiting_requests: Requests that wait for their blocks.
+        waiting_tokens: Their tokens.
+        running_requests: Requests in the last step.
+        load_backlog_tokens: Tokens of loads under way.
+    """
+
+    waiting_requests: int
+    waiting_tokens: int
+    running_requests: int
+    load_backlog_tokens: int
 
 
 DISPLACE_MARGIN = 1.25
@@ -43,6 +65,7 @@ class Pauses:
         stats: Stats,
         log: DecisionLog,
         release: Callable[[str, ReleaseCause], None],
+        happenings: Happenings,
         clock: Callable[[], float],
     ) -> None:
         self._facts = facts
@@ -54,6 +77,7 @@ class Pauses:
         self._stats = stats
         self._log = log
         self._release = release
+        self._happenings = happenings
         self._clock = clock
 
     def regret_s_per_block(self, pin: Pin, now_s: float) -> float:
@@ -75,9 +99,7 @@ class Pauses:
         now_s: float,
         aborted: bool,
         shadow: bool,
-        waiting: tuple[int, int],
-        running_requests: int,
-        load_backlog_tokens: int,
+        load: Load,
     ) -> dict[str, Any] | None:
         """Pin, stage or drop; returns what the client may see of it.
 
@@ -89,40 +111,35 @@ class Pauses:
             now_s: Monotonic time.
             aborted: The client went away: nothing is kept on purpose.
             shadow: Decide and log only.
-            waiting: Requests waiting and their tokens.
-            running_requests: Requests in the last step.
-            load_backlog_tokens: Tokens of loads under way.
+            load: What else the engine has to do.
         """
         hints = turn.hints
         staged = 0
         if chain is not None:
             staged = self._stager.copies.chunks_of(turn.program, chain) * self._facts.chunk_tokens
-        expected_s = self._policy.ttl.away(call.tool).quantile(0.5)
+        announced = self._policy.ttl.announcements.of(turn.program)
+        curve = announced.curve if announced is not None else None
+        expected_s = (curve or self._policy.ttl.away(call.tool)).quantile(0.5)
         displaceable = self._pins.to_end_for(
             blocks,
             lambda: self._pins.in_release_order(lambda pin: self.regret_s_per_block(pin, now_s)),
         )
-        facts = PauseFacts(
+        facts = self._pause_facts(
+            turn.program,
+            call.tool,
+            tenant=turn.request.cache_salt,
+            load=load,
             now_s=now_s,
             context_tokens=turn.request.num_tokens,
             reusable_blocks=len(blocks),
             prompt_tokens=turn.request.num_prompt_tokens,
-            tool=call.tool,
             is_tool_call=call.kind == "tool",
             staged_tokens=staged,
-            tier_available=self._tier.state is TierState.READY and hints.stage is not False,
+            tier_available=hints.stage is not False,
             tierable=chain is not None,
-            free_unhashed_blocks=self._pool.n_uncached_free(len(blocks) + 1),
-            free_blocks=self._pool.n_free,
-            total_blocks=self._pool.n_blocks,
-            pinned_blocks=self._pins.pinned_blocks,
             budget_left_blocks=self._budget_left(blocks) if displaceable is None else len(blocks),
-            waiting_requests=waiting[0],
-            waiting_blocks=self._facts.blocks_of(waiting[1]),
-            waiting_tokens=waiting[1],
-            running_requests=running_requests,
-            load_backlog_tokens=load_backlog_tokens,
             hint_ttl_s=hints.ttl_s,
+            announced=curve,
         )
         decision = self._policy.decide_pause(facts)
         pin = decision.action == "pin" and hints.pin is not False and not aborted
@@ -133,7 +150,7 @@ class Pauses:
             if pin:
                 strand = self._strand(turn, chain, stage=stage)
                 pinned_blocks = self._pin(
-                    turn, call, decision, blocks, strand, expected_s, displaceable, now_s
+                    turn, call, decision, blocks, (strand, chain), expected_s, displaceable, now_s
                 )
             if stage and chain is not None:
                 # After the pin, whose references staging can share.
@@ -152,20 +169,87 @@ class Pauses:
             "tool": call.tool,
         }
 
+    def reconsider(self, pin: Pin, announcement: Announcement, load: Load) -> Decision | None:
+        """Decide anew about a pin whose program has said how long it stays away.
+
+        Returns:
+            The decision, for `pinned or not and for how long`; None where nothing is known of the turn.
+        """
+        data = pin.data
+        if not isinstance(data, PinnedTurn):
+            return None
+        confirmed = self._stager.copies.confirmed_chunks(data.strand) * self._facts.chunk_tokens
+        return self._policy.decide_pause(
+            self._pause_facts(
+                pin.program,
+                announcement.tool,
+                tenant=data.tenant,
+                load=load,
+                now_s=announcement.at_s,
+                context_tokens=data.n_tokens,
+                reusable_blocks=len(pin.block_ids),
+                prompt_tokens=data.prompt_blocks * self._facts.block_tokens,
+                is_tool_call=True,
+                staged_tokens=min(confirmed, data.n_tokens),
+                tier_available=True,
+                tierable=bool(data.strand),
+                budget_left_blocks=len(pin.block_ids),
+                hint_ttl_s=None,
+                announced=announcement.curve,
+            )
+        )
+
+    def _pause_facts(
+        self,
+        program: str,
+        tool: str | None,
+        *,
+        tenant: str | None,
+        load: Load,
+        now_s: float,
+        reusable_blocks: int,
+        tier_available: bool,
+        **rest: Any,
+    ) -> PauseFacts:
+        """The engine at this moment, and `rest` of what `PauseFacts` asks for."""
+        ttl, salt = self._policy.ttl, bounded_name(tenant) if tenant else None
+        limit_s = math.inf
+        if ttl.budgets:
+            n_bytes = reusable_blocks * self._facts.block_bytes
+            limit_s = ttl.budgets.ttl_limit_s(salt, n_bytes, now_s)
+        return PauseFacts(
+            now_s=now_s,
+            tool=tool,
+            reusable_blocks=reusable_blocks,
+            tier_available=tier_available and self._tier.state is TierState.READY,
+            free_unhashed_blocks=self._pool.n_uncached_free(reusable_blocks + 1),
+            free_blocks=self._pool.n_free,
+            total_blocks=self._pool.n_blocks,
+            pinned_blocks=self._pins.pinned_blocks,
+            waiting_requests=load.waiting_requests,
+            waiting_blocks=self._facts.blocks_of(load.waiting_tokens),
+            waiting_tokens=load.waiting_tokens,
+            running_requests=load.running_requests,
+            load_backlog_tokens=load.load_backlog_tokens,
+            override=ttl.overrides.bound(now_s, program=program, tool=tool, tenant=salt),
+            ttl_limit_s=limit_s,
+            **rest,
+        )
+
     def _pin(
         self,
         turn: Turn,
         call: ToolCall,
         decision: Decision,
         blocks: BlockIds,
-        strand: str,
+        copy: tuple[str, ChunkChain | None],
         expected_s: float,
         displaceable: list[Pin] | None,
         now_s: float,
     ) -> int:
         """Pin what the decision keeps; returns how many blocks, 0 where the budget has no place."""
         keep = blocks[: self._facts.blocks_of(decision.keep_tokens)]
-        data = self._pinned_turn(turn, call, len(keep), strand, expected_s, decision)
+        data = self._pinned_turn(turn, call, len(keep), copy, expected_s, decision)
         mine = Pin(turn.request_id, turn.program, keep, now_s, now_s + decision.ttl_s, data)
         if displaceable and self._worth_displacing(mine, displaceable, now_s):
             for other in displaceable:
@@ -181,6 +265,11 @@ class Pauses:
         ):
             return 0
         self._stats.sample("ttl_seconds", decision.ttl_s)
+        budgets = self._policy.ttl.budgets
+        if budgets:
+            n_bytes = len(keep) * self._facts.block_bytes
+            budgets.reserve(data.tenant, n_bytes, decision.ttl_s, now_s)
+        self._happenings.pinned(mine)
         return len(keep)
 
     def _strand(self, turn: Turn, chain: ChunkChain | None, *, stage: bool) -> str:
@@ -195,21 +284,26 @@ class Pauses:
         turn: Turn,
         call: ToolCall,
         n_blocks: int,
-        strand: str,
+        copy: tuple[str, ChunkChain | None],
         expected_s: float,
         decision: Decision,
     ) -> PinnedTurn:
         block_tokens = self._facts.block_tokens
-        terms = decision.terms
+        terms, salt = decision.terms, turn.request.cache_salt
+        announced = self._policy.ttl.announcements.of(turn.program)
         return PinnedTurn(
             tool=call.tool,
             n_tokens=n_blocks * block_tokens,
             prompt_blocks=min(n_blocks, turn.request.num_prompt_tokens // block_tokens),
             predicted_gap_s=expected_s,
             staged_tokens=decision.stage_tokens,
-            strand=strand,
+            strand=copy[0],
+            chain=copy[1],
             miss_unstaged_s=terms.miss_unstaged_s if terms is not None else 0.0,
             miss_staged_s=terms.miss_staged_s if terms is not None else 0.0,
+            tenant=bounded_name(salt) if salt else None,
+            announced=announced.curve if announced is not None else None,
+            announced_s=announced.at_s if announced is not None else 0.0,
         )
 
     def _budget_left(self, blocks: BlockIds) -> int:

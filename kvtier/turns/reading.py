@@ -35,6 +35,15 @@ class _Read:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """Chunks that are locked in the tier for somebody; see `LookupDone`."""
+
+    op_id: int
+    generation: str
+    slots: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
 class LoadDone:
     """A load ended. `n_tokens` were ordered; `predicted_s` is for checking the cost model."""
 
@@ -85,6 +94,11 @@ class TierReader:
     def n_loads(self) -> int:
         """Loads that have not ended."""
         return len(self._loads)
+
+    @property
+    def n_questions(self) -> int:
+        """Lookups that the tier has not answered, whether somebody still waits for them or not."""
+        return len(self._by_op)
 
     def loading(self, request_id: str) -> bool:
         """Whether a load for this request has not ended."""
@@ -151,6 +165,18 @@ class TierReader:
         read = self._reads.pop(request_id, None)
         if read is not None and read.answered and read.hit_chunks:
             self._tier.trim(read.op_id, 0, 0)
+
+    def take(self, request_id: str, first: int, end: int) -> Found:
+        """Hand over the locks of an answered lookup, on chunks [first, end); they end with `unlock`."""
+        read = self._reads.pop(request_id)
+        assert read.slots is not None
+        self._tier.trim(read.op_id, first, end)
+        return Found(read.op_id, read.generation, read.slots)
+
+    def unlock(self, found: Found) -> None:
+        """Give the locks back that `take` handed over."""
+        if self._tier.state is TierState.READY:
+            self._tier.trim(found.op_id, 0, 0)
 
     def take_orders(self) -> list[Order]:
         """Loads for the workers. An order is never dropped: its request waits for the result."""

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from kvtier.block_ids import BlockIds
     from kvtier.turns.block_pool import VllmBlockPool
 
+WAKE_PARAMS = {"kvtier": {"wake": True}}
+"""What a waker sends, with a prompt of one token. What a client sends so is computed, without kvtier."""
+
 STOP_TAIL_TOKENS = 64
 """A stop string ends within the last tokens; what is longer counts as an abort."""
 
@@ -25,6 +28,12 @@ def adapter_name(request: Any) -> str | None:
 def is_tierable(request: Any) -> bool:
     """Whether token ids alone determine the KV: not for images, audio or prompt embeddings."""
     return not getattr(request, "mm_features", None) and request.prompt_token_ids is not None
+
+
+def is_wake(request: Any) -> bool:
+    """Whether this is no request, but vLLM's API process making an idle engine run a hook."""
+    params = request.kv_transfer_params
+    return bool(params) and params == WAKE_PARAMS and request.num_tokens == 1
 
 
 def was_aborted(request: Any, decode: Callable[[Sequence[int]], str]) -> bool:

@@ -45,7 +45,13 @@ class Room:
         self._stager = stager
         self._note = note
         self._futile: dict[str, _Futile] = {}
+        self._short: set[str] = set()
         self._returns = 0
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a request waits for memory: its last allocation has failed."""
+        return bool(self._short)
 
     def make(
         self,
@@ -79,6 +85,7 @@ class Room:
         """
         running = request.status.name == "RUNNING"
         if not running:
+            self._short.add(request.request_id)
             self._end_stalled_staging(need_blocks(), now_s)
             if self._is_futile(request.request_id, need_blocks()):
                 return None
@@ -114,6 +121,7 @@ class Room:
 
     def forget(self, request_id: str) -> None:
         """The request has its blocks, or is over."""
+        self._short.discard(request_id)
         self._futile.pop(request_id, None)
 
     def _most_blocks(self) -> int:

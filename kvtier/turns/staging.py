@@ -29,7 +29,7 @@ from kvtier.turns.stage_jobs import Split, StageJob
 from kvtier.turns.staged_copies import StagedCopies
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvtier.block_ids import BlockIds
     from kvtier.chunk_keys import ChunkChain
@@ -68,6 +68,7 @@ class Stager:
         split_chunks: int,
         next_order_id: OrderIds,
         chunk_bytes: int = 0,
+        confirmed: Callable[[str, int], None] = lambda program, chunks: None,  # noqa: ARG005
     ) -> None:
         self._tier = tier
         self._pins = pins
@@ -79,6 +80,7 @@ class Stager:
         if not chunk_bytes:
             self._max_in_flight = MIN_SPLITS_IN_FLIGHT
         self._order_ids = next_order_id
+        self._confirmed = confirmed
         self._jobs: OrderedDict[str, StageJob] = OrderedDict()
         self._by_reserve: dict[int, Split] = {}
         self._by_order: dict[int, Split] = {}
@@ -152,6 +154,10 @@ class Stager:
             key, program, strand, chain, blocks, value_s, lease_s, done, len(chain)
         )
         return True
+
+    def is_staging(self, key: str) -> bool:
+        """Whether a job for this turn is under way."""
+        return key in self._jobs
 
     def cancel(self, key: str) -> None:
         """Give the job's blocks back now; discard what its running copies write."""
@@ -342,6 +348,7 @@ class Stager:
         if job.void:
             return
         added = self.copies.confirm(job.strand, job.chain, resident_chunks)
+        self._confirmed(job.program, resident_chunks)
         self._stats.count("staged_tokens", added * job.chain.chunk_tokens)
         if resident_chunks < split.end and not job.cancelled:
             # What the tier held before has a hole now: start again from there, once. A split that

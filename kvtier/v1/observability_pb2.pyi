@@ -451,10 +451,11 @@ class WatchEventsRequest(_message.Message):
     name: _builtins.str
     """Of this program only, where set."""
     tenant: _builtins.str
+    """The program's; without a name: of this tenant's programs only, where set."""
     @_builtins.property
     def kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Kinds to send: "turn_started", "turn_ended", "decision", "pin_ended", "staged", "loaded",
-        "program_gone", "command", "engine"; all where empty.
+        """Kinds to send: "turn_started", "turn_running", "turn_ended", "decision", "pinned", "pin_ended",
+        "staged", "loaded", "program_gone", "command", "engine"; all where empty.
         """
 
     def __init__(
@@ -479,7 +480,9 @@ class WatchEventsResponse(_message.Message):
     EVENT_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
     lost: _builtins.int
-    """Events that this watcher has not got because it read too slowly."""
+    """Events that are missing here: this watcher read too slowly (4,096 events are kept for it), or an
+    engine could not report all that happened.
+    """
     @_builtins.property
     def event(self) -> Global___Event: ...
     def __init__(

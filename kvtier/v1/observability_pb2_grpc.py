@@ -69,14 +69,16 @@ class ObservabilityServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExplainDecision(self, request, context):
-        """Returns the last decisions on a program, newest first, with the cost of every option.
+        """Returns the last decisions on a program, newest first, with the cost of every option; up to 16 are kept,
+        those of a program that is gone until others need the room.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchEvents(self, request, context):
-        """Streams what happens from now on. Who reads too slowly is told how many events were lost.
+        """Streams what happens from the moment on at which it sends its initial metadata. Who reads too slowly is
+        told how many events were lost. Ends with UNAVAILABLE when the control server stops.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,9 +36,13 @@ class ObservabilityServiceStub:
     GetStatus: _grpc.UnaryUnaryMultiCallable[_observability_pb2.GetStatusRequest, _observability_pb2.GetStatusResponse]
     """Returns the state of the engines of this host."""
     ExplainDecision: _grpc.UnaryUnaryMultiCallable[_observability_pb2.ExplainDecisionRequest, _observability_pb2.ExplainDecisionResponse]
-    """Returns the last decisions on a program, newest first, with the cost of every option."""
+    """Returns the last decisions on a program, newest first, with the cost of every option; up to 16 are kept,
+    those of a program that is gone until others need the room.
+    """
     WatchEvents: _grpc.UnaryStreamMultiCallable[_observability_pb2.WatchEventsRequest, _observability_pb2.WatchEventsResponse]
-    """Streams what happens from now on. Who reads too slowly is told how many events were lost."""
+    """Streams what happens from the moment on at which it sends its initial metadata. Who reads too slowly is
+    told how many events were lost. Ends with UNAVAILABLE when the control server stops.
+    """
     Calibrate: _grpc.UnaryUnaryMultiCallable[_observability_pb2.CalibrateRequest, _observability_pb2.CalibrateResponse]
     """Measures link and prefill anew at the engines' next idle moment."""
 
@@ -50,9 +54,13 @@ class ObservabilityServiceAsyncStub(ObservabilityServiceStub):
     GetStatus: _aio.UnaryUnaryMultiCallable[_observability_pb2.GetStatusRequest, _observability_pb2.GetStatusResponse]  # type: ignore[assignment]
     """Returns the state of the engines of this host."""
     ExplainDecision: _aio.UnaryUnaryMultiCallable[_observability_pb2.ExplainDecisionRequest, _observability_pb2.ExplainDecisionResponse]  # type: ignore[assignment]
-    """Returns the last decisions on a program, newest first, with the cost of every option."""
+    """Returns the last decisions on a program, newest first, with the cost of every option; up to 16 are kept,
+    those of a program that is gone until others need the room.
+    """
     WatchEvents: _aio.UnaryStreamMultiCallable[_observability_pb2.WatchEventsRequest, _observability_pb2.WatchEventsResponse]  # type: ignore[assignment]
-    """Streams what happens from now on. Who reads too slowly is told how many events were lost."""
+    """Streams what happens from the moment on at which it sends its initial metadata. Who reads too slowly is
+    told how many events were lost. Ends with UNAVAILABLE when the control server stops.
+    """
     Calibrate: _aio.UnaryUnaryMultiCallable[_observability_pb2.CalibrateRequest, _observability_pb2.CalibrateResponse]  # type: ignore[assignment]
     """Measures link and prefill anew at the engines' next idle moment."""
 
@@ -73,7 +81,9 @@ class ObservabilityServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _observability_pb2.ExplainDecisionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_observability_pb2.ExplainDecisionResponse, _abc.Awaitable[_observability_pb2.ExplainDecisionResponse]]:
-        """Returns the last decisions on a program, newest first, with the cost of every option."""
+        """Returns the last decisions on a program, newest first, with the cost of every option; up to 16 are kept,
+        those of a program that is gone until others need the room.
+        """
 
     @_abc_1.abstractmethod
     def WatchEvents(
@@ -81,7 +91,9 @@ class ObservabilityServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _observability_pb2.WatchEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_observability_pb2.WatchEventsResponse], _abc.AsyncIterator[_observability_pb2.WatchEventsResponse]]:
-        """Streams what happens from now on. Who reads too slowly is told how many events were lost."""
+        """Streams what happens from the moment on at which it sends its initial metadata. Who reads too slowly is
+        told how many events were lost. Ends with UNAVAILABLE when the control server stops.
+        """
 
     @_abc_1.abstractmethod
     def Calibrate(

@@ -75,7 +75,7 @@ class Program(_message.Message):
     turns: _builtins.int
     context_tokens: _builtins.int
     gpu_pinned_tokens: _builtins.int
-    """Tokens whose KV a pin keeps in GPU memory."""
+    """Tokens whose KV pins keep in GPU memory; those that several pins share count for each."""
     cpu_tokens: _builtins.int
     """Tokens whose KV the CPU tier has confirmed to hold."""
     tool: _builtins.str
@@ -90,7 +90,7 @@ class Program(_message.Message):
 
     @_builtins.property
     def ttl_left(self) -> _duration_pb2.Duration:
-        """Of the pin; unset without one."""
+        """Of the pin that ends last; unset without one."""
 
     def __init__(
         self,
@@ -131,7 +131,9 @@ class ListProgramsRequest(_message.Message):
     page_size: _builtins.int
     """1 to 1000; 0 stands for 100."""
     page_token: _builtins.str
-    """`next_page_token` of the answer before, with the same filters."""
+    """`next_page_token` of the answer before, with the same filters. Pages are parts of the list as it was
+    when it was begun, less what is gone since or does not match any more; good for 10 minutes.
+    """
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[Global___ProgramState.ValueType]:
         """All states where empty."""
@@ -164,6 +166,7 @@ class ListProgramsResponse(_message.Message):
     next_page_token: _builtins.str
     """Empty on the last page."""
     total_size: _builtins.int
+    """Programs in the list when it was begun."""
     @_builtins.property
     def programs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Program]: ...
     def __init__(
@@ -415,7 +418,9 @@ class AnnounceToolCallRequest(_message.Message):
     """At most 256 bytes of printable text."""
     request_id: _builtins.str
     """Chosen by the client: a repeated call with the same id (at most 128 bytes) is answered as the first,
-    and done once. Empty: no such promise.
+    and done once, for 10 minutes. The same id with other content is INVALID_ARGUMENT; a call that failed
+    may be repeated with its id. Ids are of one method and one tenant-bound token: a tool call's id may
+    serve for its announcement and its return. Empty: no such promise.
     """
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration: ...
@@ -443,7 +448,7 @@ Global___AnnounceToolCallRequest: _TypeAlias = AnnounceToolCallRequest  # noqa: 
 
 @_typing.final
 class DurationQuantiles(_message.Message):
-    """A distribution by its quantiles."""
+    """A distribution by its quantiles; one of them may be unset."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

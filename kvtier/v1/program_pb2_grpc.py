@@ -28,7 +28,10 @@ if _version_not_supported:
 class ProgramServiceStub(object):
     """Programs (agents) and their KV. A program's name is the session id of its requests, or what the
     client calls it in `kv_transfer_params.kvtier.program`; a program known by its prefix alone has a name
-    that kvtier gives it.
+    that kvtier gives it. Names and tenants are printable text of at most 256 characters.
+
+    While no engine is connected all methods answer UNAVAILABLE, and for a program that no engine knows,
+    or that is another tenant's than the caller's token is for, NOT_FOUND.
     """
 
     def __init__(self, channel):
@@ -87,7 +90,10 @@ class ProgramServiceStub(object):
 class ProgramServiceServicer(object):
     """Programs (agents) and their KV. A program's name is the session id of its requests, or what the
     client calls it in `kv_transfer_params.kvtier.program`; a program known by its prefix alone has a name
-    that kvtier gives it.
+    that kvtier gives it. Names and tenants are printable text of at most 256 characters.
+
+    While no engine is connected all methods answer UNAVAILABLE, and for a program that no engine knows,
+    or that is another tenant's than the caller's token is for, NOT_FOUND.
     """
 
     def ListPrograms(self, request, context):
@@ -212,7 +218,10 @@ def add_ProgramServiceServicer_to_server(servicer, server):
 class ProgramService(object):
     """Programs (agents) and their KV. A program's name is the session id of its requests, or what the
     client calls it in `kv_transfer_params.kvtier.program`; a program known by its prefix alone has a name
-    that kvtier gives it.
+    that kvtier gives it. Names and tenants are printable text of at most 256 characters.
+
+    While no engine is connected all methods answer UNAVAILABLE, and for a program that no engine knows,
+    or that is another tenant's than the caller's token is for, NOT_FOUND.
     """
 
     @staticmethod

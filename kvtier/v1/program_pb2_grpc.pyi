@@ -29,7 +29,10 @@ GRPC_VERSION: str
 class ProgramServiceStub:
     """Programs (agents) and their KV. A program's name is the session id of its requests, or what the
     client calls it in `kv_transfer_params.kvtier.program`; a program known by its prefix alone has a name
-    that kvtier gives it.
+    that kvtier gives it. Names and tenants are printable text of at most 256 characters.
+
+    While no engine is connected all methods answer UNAVAILABLE, and for a program that no engine knows,
+    or that is another tenant's than the caller's token is for, NOT_FOUND.
     """
 
     @_typing.overload
@@ -59,7 +62,10 @@ class ProgramServiceStub:
 class ProgramServiceAsyncStub(ProgramServiceStub):
     """Programs (agents) and their KV. A program's name is the session id of its requests, or what the
     client calls it in `kv_transfer_params.kvtier.program`; a program known by its prefix alone has a name
-    that kvtier gives it.
+    that kvtier gives it. Names and tenants are printable text of at most 256 characters.
+
+    While no engine is connected all methods answer UNAVAILABLE, and for a program that no engine knows,
+    or that is another tenant's than the caller's token is for, NOT_FOUND.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -85,7 +91,10 @@ class ProgramServiceAsyncStub(ProgramServiceStub):
 class ProgramServiceServicer(metaclass=_abc_1.ABCMeta):
     """Programs (agents) and their KV. A program's name is the session id of its requests, or what the
     client calls it in `kv_transfer_params.kvtier.program`; a program known by its prefix alone has a name
-    that kvtier gives it.
+    that kvtier gives it. Names and tenants are printable text of at most 256 characters.
+
+    While no engine is connected all methods answer UNAVAILABLE, and for a program that no engine knows,
+    or that is another tenant's than the caller's token is for, NOT_FOUND.
     """
 
     @_abc_1.abstractmethod

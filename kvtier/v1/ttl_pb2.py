@@ -26,15 +26,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13kvtier/v1/ttl.proto\x12\tkvtier.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"p\n\x08TtlScope\x12*\n\x07program\x18\x01 \x01(\x0b\x32\x17.kvtier.v1.ProgramScopeH\x00\x12\x0e\n\x04tool\x18\x02 \x01(\tH\x00\x12\x10\n\x06tenant\x18\x03 \x01(\tH\x00\x12\r\n\x03\x61ll\x18\x04 \x01(\x08H\x00\x42\x07\n\x05scope\",\n\x0cProgramScope\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\xab\x01\n\x0bTtlOverride\x12\"\n\x05scope\x18\x01 \x01(\x0b\x32\x13.kvtier.v1.TtlScope\x12 \n\x04mode\x18\x02 \x01(\x0e\x32\x12.kvtier.v1.TtlMode\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"A\n\x15SetTtlOverrideRequest\x12(\n\x08override\x18\x01 \x01(\x0b\x32\x16.kvtier.v1.TtlOverride\"S\n\x16SetTtlOverrideResponse\x12(\n\x08override\x18\x01 \x01(\x0b\x32\x16.kvtier.v1.TtlOverride\x12\x0f\n\x07\x65ngines\x18\x02 \x01(\x05\"@\n\x17ListTtlOverridesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"^\n\x18ListTtlOverridesResponse\x12)\n\toverrides\x18\x01 \x03(\x0b\x32\x16.kvtier.v1.TtlOverride\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\">\n\x18\x44\x65leteTtlOverrideRequest\x12\"\n\x05scope\x18\x01 \x01(\x0b\x32\x13.kvtier.v1.TtlScope\"\x1b\n\x19\x44\x65leteTtlOverrideResponse*]\n\x07TtlMode\x12\x18\n\x14TTL_MODE_UNSPECIFIED\x10\x00\x12\x12\n\x0eTTL_MODE_FIXED\x10\x01\x12\x10\n\x0cTTL_MODE_CAP\x10\x02\x12\x12\n\x0eTTL_MODE_FLOOR\x10\x03\x32\xa0\x02\n\nTtlService\x12U\n\x0eSetTtlOverride\x12 .kvtier.v1.SetTtlOverrideRequest\x1a!.kvtier.v1.SetTtlOverrideResponse\x12[\n\x10ListTtlOverrides\x12\".kvtier.v1.ListTtlOverridesRequest\x1a#.kvtier.v1.ListTtlOverridesResponse\x12^\n\x11\x44\x65leteTtlOverride\x12#.kvtier.v1.DeleteTtlOverrideRequest\x1a$.kvtier.v1.DeleteTtlOverrideResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13kvtier/v1/ttl.proto\x12\tkvtier.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"p\n\x08TtlScope\x12*\n\x07program\x18\x01 \x01(\x0b\x32\x17.kvtier.v1.ProgramScopeH\x00\x12\x0e\n\x04tool\x18\x02 \x01(\tH\x00\x12\x10\n\x06tenant\x18\x03 \x01(\tH\x00\x12\r\n\x03\x61ll\x18\x04 \x01(\x08H\x00\x42\x07\n\x05scope\",\n\x0cProgramScope\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\xab\x01\n\x0bTtlOverride\x12\"\n\x05scope\x18\x01 \x01(\x0b\x32\x13.kvtier.v1.TtlScope\x12 \n\x04mode\x18\x02 \x01(\x0e\x32\x12.kvtier.v1.TtlMode\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"A\n\x15SetTtlOverrideRequest\x12(\n\x08override\x18\x01 \x01(\x0b\x32\x16.kvtier.v1.TtlOverride\"b\n\x16SetTtlOverrideResponse\x12(\n\x08override\x18\x01 \x01(\x0b\x32\x16.kvtier.v1.TtlOverride\x12\x0f\n\x07\x65ngines\x18\x02 \x01(\x05\x12\r\n\x05saved\x18\x03 \x01(\x08\"@\n\x17ListTtlOverridesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"^\n\x18ListTtlOverridesResponse\x12)\n\toverrides\x18\x01 \x03(\x0b\x32\x16.kvtier.v1.TtlOverride\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\">\n\x18\x44\x65leteTtlOverrideRequest\x12\"\n\x05scope\x18\x01 \x01(\x0b\x32\x13.kvtier.v1.TtlScope\";\n\x19\x44\x65leteTtlOverrideResponse\x12\x0f\n\x07\x65ngines\x18\x01 \x01(\x05\x12\r\n\x05saved\x18\x02 \x01(\x08*]\n\x07TtlMode\x12\x18\n\x14TTL_MODE_UNSPECIFIED\x10\x00\x12\x12\n\x0eTTL_MODE_FIXED\x10\x01\x12\x10\n\x0cTTL_MODE_CAP\x10\x02\x12\x12\n\x0eTTL_MODE_FLOOR\x10\x03\x32\xa0\x02\n\nTtlService\x12U\n\x0eSetTtlOverride\x12 .kvtier.v1.SetTtlOverrideRequest\x1a!.kvtier.v1.SetTtlOverrideResponse\x12[\n\x10ListTtlOverrides\x12\".kvtier.v1.ListTtlOverridesRequest\x1a#.kvtier.v1.ListTtlOverridesResponse\x12^\n\x11\x44\x65leteTtlOverride\x12#.kvtier.v1.DeleteTtlOverrideRequest\x1a$.kvtier.v1.DeleteTtlOverrideResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvtier.v1.ttl_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TTLMODE']._serialized_start=840
-  _globals['_TTLMODE']._serialized_end=933
+  _globals['_TTLMODE']._serialized_start=887
+  _globals['_TTLMODE']._serialized_end=980
   _globals['_TTLSCOPE']._serialized_start=99
   _globals['_TTLSCOPE']._serialized_end=211
   _globals['_PROGRAMSCOPE']._serialized_start=213
@@ -44,15 +44,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETTTLOVERRIDEREQUEST']._serialized_start=433
   _globals['_SETTTLOVERRIDEREQUEST']._serialized_end=498
   _globals['_SETTTLOVERRIDERESPONSE']._serialized_start=500
-  _globals['_SETTTLOVERRIDERESPONSE']._serialized_end=583
-  _globals['_LISTTTLOVERRIDESREQUEST']._serialized_start=585
-  _globals['_LISTTTLOVERRIDESREQUEST']._serialized_end=649
-  _globals['_LISTTTLOVERRIDESRESPONSE']._serialized_start=651
-  _globals['_LISTTTLOVERRIDESRESPONSE']._serialized_end=745
-  _globals['_DELETETTLOVERRIDEREQUEST']._serialized_start=747
-  _globals['_DELETETTLOVERRIDEREQUEST']._serialized_end=809
-  _globals['_DELETETTLOVERRIDERESPONSE']._serialized_start=811
-  _globals['_DELETETTLOVERRIDERESPONSE']._serialized_end=838
-  _globals['_TTLSERVICE']._serialized_start=936
-  _globals['_TTLSERVICE']._serialized_end=1224
+  _globals['_SETTTLOVERRIDERESPONSE']._serialized_end=598
+  _globals['_LISTTTLOVERRIDESREQUEST']._serialized_start=600
+  _globals['_LISTTTLOVERRIDESREQUEST']._serialized_end=664
+  _globals['_LISTTTLOVERRIDESRESPONSE']._serialized_start=666
+  _globals['_LISTTTLOVERRIDESRESPONSE']._serialized_end=760
+  _globals['_DELETETTLOVERRIDEREQUEST']._serialized_start=762
+  _globals['_DELETETTLOVERRIDEREQUEST']._serialized_end=824
+  _globals['_DELETETTLOVERRIDERESPONSE']._serialized_start=826
+  _globals['_DELETETTLOVERRIDERESPONSE']._serialized_end=885
+  _globals['_TTLSERVICE']._serialized_start=983
+  _globals['_TTLSERVICE']._serialized_end=1271
 # @@protoc_insertion_point(module_scope)

@@ -121,7 +121,7 @@ class TtlOverride(_message.Message):
 
     @_builtins.property
     def expires_at(self) -> _timestamp_pb2.Timestamp:
-        """When the override ends by itself; unset: never."""
+        """When the override ends by itself: a time to come; unset: never."""
 
     def __init__(
         self,
@@ -165,8 +165,11 @@ class SetTtlOverrideResponse(_message.Message):
 
     OVERRIDE_FIELD_NUMBER: _builtins.int
     ENGINES_FIELD_NUMBER: _builtins.int
+    SAVED_FIELD_NUMBER: _builtins.int
     engines: _builtins.int
-    """Engines that have it; an engine that starts later gets it too."""
+    """Engines that have it; an engine that starts later gets it too, and an idle one at its next step."""
+    saved: _builtins.bool
+    """False where the state file cannot be written: the override then ends with the control server."""
     @_builtins.property
     def override(self) -> Global___TtlOverride: ...
     def __init__(
@@ -174,10 +177,11 @@ class SetTtlOverrideResponse(_message.Message):
         *,
         override: Global___TtlOverride | None = ...,
         engines: _builtins.int = ...,
+        saved: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["override", b"override"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engines", b"engines", "override", b"override"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engines", b"engines", "override", b"override", "saved", b"saved"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -253,12 +257,21 @@ Global___DeleteTtlOverrideRequest: _TypeAlias = DeleteTtlOverrideRequest  # noqa
 class DeleteTtlOverrideResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    ENGINES_FIELD_NUMBER: _builtins.int
+    SAVED_FIELD_NUMBER: _builtins.int
+    engines: _builtins.int
+    """Engines that do not have it any more."""
+    saved: _builtins.bool
+    """False where the state file cannot be written: the override is back after a restart."""
     def __init__(
         self,
+        *,
+        engines: _builtins.int = ...,
+        saved: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engines", b"engines", "saved", b"saved"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,7 +28,8 @@ if _version_not_supported:
 class TtlServiceStub(object):
     """Overrides of the TTL that kvtier chooses for pins, for all engines of the host. They hold from the
     next pause on, survive restarts, and the most specific one wins: program before tool before tenant
-    before all.
+    before all. At most 1,000 at a time (RESOURCE_EXHAUSTED). A token that is bound to a tenant sets and
+    sees overrides of its own programs and of its tenant, at most 100.
     """
 
     def __init__(self, channel):
@@ -57,7 +58,8 @@ class TtlServiceStub(object):
 class TtlServiceServicer(object):
     """Overrides of the TTL that kvtier chooses for pins, for all engines of the host. They hold from the
     next pause on, survive restarts, and the most specific one wins: program before tool before tenant
-    before all.
+    before all. At most 1,000 at a time (RESOURCE_EXHAUSTED). A token that is bound to a tenant sets and
+    sees overrides of its own programs and of its tenant, at most 100.
     """
 
     def SetTtlOverride(self, request, context):
@@ -110,7 +112,8 @@ def add_TtlServiceServicer_to_server(servicer, server):
 class TtlService(object):
     """Overrides of the TTL that kvtier chooses for pins, for all engines of the host. They hold from the
     next pause on, survive restarts, and the most specific one wins: program before tool before tenant
-    before all.
+    before all. At most 1,000 at a time (RESOURCE_EXHAUSTED). A token that is bound to a tenant sets and
+    sees overrides of its own programs and of its tenant, at most 100.
     """
 
     @staticmethod

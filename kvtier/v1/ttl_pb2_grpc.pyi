@@ -29,7 +29,8 @@ GRPC_VERSION: str
 class TtlServiceStub:
     """Overrides of the TTL that kvtier chooses for pins, for all engines of the host. They hold from the
     next pause on, survive restarts, and the most specific one wins: program before tool before tenant
-    before all.
+    before all. At most 1,000 at a time (RESOURCE_EXHAUSTED). A token that is bound to a tenant sets and
+    sees overrides of its own programs and of its tenant, at most 100.
     """
 
     @_typing.overload
@@ -47,7 +48,8 @@ class TtlServiceStub:
 class TtlServiceAsyncStub(TtlServiceStub):
     """Overrides of the TTL that kvtier chooses for pins, for all engines of the host. They hold from the
     next pause on, survive restarts, and the most specific one wins: program before tool before tenant
-    before all.
+    before all. At most 1,000 at a time (RESOURCE_EXHAUSTED). A token that is bound to a tenant sets and
+    sees overrides of its own programs and of its tenant, at most 100.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -61,7 +63,8 @@ class TtlServiceAsyncStub(TtlServiceStub):
 class TtlServiceServicer(metaclass=_abc_1.ABCMeta):
     """Overrides of the TTL that kvtier chooses for pins, for all engines of the host. They hold from the
     next pause on, survive restarts, and the most specific one wins: program before tool before tenant
-    before all.
+    before all. At most 1,000 at a time (RESOURCE_EXHAUSTED). A token that is bound to a tenant sets and
+    sees overrides of its own programs and of its tenant, at most 100.
     """
 
     @_abc_1.abstractmethod

@@ -130,7 +130,8 @@ def start_engine(
     children: list[EngineChild] = []
 
     def start(modules: str, settings: dict[str, Any], **config: Any) -> EngineChild:
-        extra = {"server_grace_s": GRACE_S, **settings}
+        # Nobody commands these engines; tests of the control server have it on.
+        extra = {"server_grace_s": GRACE_S, "control": "off", **settings}
         child = EngineChild(
             modules,
             {"model": str(model_dir), "extra": extra, **config},

@@ -65,7 +65,7 @@ class CopyWorker:
             self.done[f"{order.direction}_{'ok' if ok else 'failed'}"] += 1
             n_bytes = 1000 * len(order.block_ids)
             results.append(OrderResult(order.order_id, order.direction, ok, n_bytes, 1e-4, 1000))
-            if order.direction == "load":
+            if order.direction == "load" and order.request_id:
                 loaded.add(order.request_id)
                 if not ok:
                     output.invalid_block_ids.update(order.block_ids[order.skip_blocks :])

@@ -1,117 +1,31 @@
-"""kvtier on the real schedulers of vLLM 0.30 to 0.33, synchronous and asynchronous.
-
-Each release runs in a child process of its own, which answers scenario after scenario.
-"""
+"""kvtier on the real schedulers of vLLM 0.30 to 0.33, synchronous and asynchronous."""
 
 from __future__ import annotations
 
-import json
-import selectors
-import subprocess
-import sys
-import tempfile
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.engine.vllm_versions import (
-    REPO,
-    SUPPORTED,
-    SourcesMissingError,
-    environment,
-    installed_version,
-)
+from tests.engine.scenario_runner import Ask, Facts, Runner, scenario_asks, scenario_runners
+from tests.engine.vllm_versions import SUPPORTED, installed_version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    Facts = dict[str, Any]
 
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(not installed_version(), reason="vLLM is not installed"),
 ]
 
-ANSWER_TIMEOUT_S = 240.0
-
-
-class Ask(Protocol):
-    """Runs a scenario under the release and mode of a test; its facts."""
-
-    def __call__(self, scenario: str) -> Facts: ...
-
-
-class Runner:
-    """A child process with one vLLM release."""
-
-    def __init__(self, version: str) -> None:
-        self.version = version
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as self
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.engine.pressure_scenarios", "--serve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            cwd=REPO,
-            env=environment(version),
-            text=True,
-        )
-
-    def ask(self, scenario: str, mode: str) -> Facts:
-        """The scenario's facts; fails the test with what the process said if it does not answer."""
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        if process.poll() is not None:
-            pytest.fail(f"vLLM {self.version}: the runner has died:\n{self._error_text()}")
-        process.stdin.write(f"{scenario} {mode}\n")
-        process.stdin.flush()
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            if not selector.select(ANSWER_TIMEOUT_S):
-                process.kill()
-                pytest.fail(f"vLLM {self.version}: no answer:\n{self._error_text()}")
-        line = process.stdout.readline()
-        if not line:
-            process.wait()
-            pytest.fail(f"vLLM {self.version}: the runner has died:\n{self._error_text()}")
-        facts: Facts = json.loads(line)
-        if "error" in facts:
-            pytest.fail(f"vLLM {self.version}:\n{facts['error']}\n{self._error_text()}")
-        return facts
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._errors.close()
-
-    def _error_text(self) -> str:
-        self._errors.seek(0)
-        return self._errors.read().decode(errors="replace")[-3000:]
-
 
 @pytest.fixture(scope="module", params=SUPPORTED)
 def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
-    try:
-        made = Runner(request.param)
-    except SourcesMissingError as reason:
-        pytest.skip(str(reason))
-    yield made
-    made.close()
+    yield from scenario_runners(request.param)
 
 
 @pytest.fixture(params=["sync", "async"])
 def ask(runner: Runner, request: pytest.FixtureRequest) -> Ask:
-    def call(scenario: str) -> Facts:
-        return runner.ask(scenario, request.param)
-
-    return call
+    return scenario_asks(runner, request.param)
 
 
 def _assert_clean(facts: Facts) -> None:

@@ -187,7 +187,7 @@ def cancelled_staging(*, is_async: bool) -> Facts:
     }
 
 
-class _Walk:
+class Walk:
     """A seeded random life of an engine.
 
     Args:
@@ -256,7 +256,7 @@ class _Walk:
                 self.done["finished"] += 1
 
 
-def _walk(
+def walk(
     *,
     is_async: bool,
     seed: int,
@@ -264,21 +264,35 @@ def _walk(
     fate: Callable[[Any], Fate] | None = None,
     settings: dict[str, Any],
     disturb: Callable[[int], None] | None = None,
+    kind: type[Walk] = Walk,
+    n_steps: int = WALK_STEPS,
 ) -> Facts:
+    """A random life of an engine, checked at each step; what is left at the end.
+
+    Args:
+        is_async: Whether the scheduler is the asynchronous one.
+        seed: Of chance.
+        tier: The CPU tier, if there is one.
+        fate: See `Drive`.
+        settings: kvtier's.
+        disturb: Called before each step, with its number.
+        kind: What may happen.
+        n_steps: How long it goes on before all is brought to an end.
+    """
     spec = EngineSpec(is_async=is_async, blocks=40, settings=settings, max_batch=5)
     engine = Engine(spec, tier)
     drive = Drive(engine, fate)
-    walk = _Walk(engine, drive, random.Random(seed))
-    for i in range(WALK_STEPS):
+    life = kind(engine, drive, random.Random(seed))
+    for i in range(n_steps):
         if disturb is not None:
             disturb(i)
-        walk.step()
+        life.step()
     drive.run()
     engine.check()
     assert not engine.scheduler.requests, "requests are left"
     totals = engine.half.stats.totals
     facts = {
-        "done": dict(walk.done),
+        "done": dict(life.done),
         "hit_tokens": sum(drive.cached_tokens.values()),
         "copies": dict(drive.worker.done),
         "releases": {k: v for k, v in totals.items() if k.startswith("pin_releases")},
@@ -288,6 +302,9 @@ def _walk(
         "worst_idle_run": drive.worst_idle_run,
         "loads_left": engine.half.reader.n_loads,
         "staging_left": engine.half.stager.n_jobs,
+        "prefetches_left": engine.half.prefetcher.n_going + engine.half.prefetcher.n_in_flight,
+        "prefetched_tokens": totals.get("prefetched_tokens", 0),
+        "prefetch_ends": {k: v for k, v in totals.items() if k.startswith("prefetch_ends")},
     }
     engine.connector.shutdown()
     engine.check()
@@ -300,13 +317,13 @@ def _walk(
 def walk_pins(*, is_async: bool) -> Facts:
     """Pins alone."""
     settings = {"kvtier.tier": "off", "kvtier.pin_budget_fraction": 0.7}
-    return _walk(is_async=is_async, seed=1, tier=None, settings=settings)
+    return walk(is_async=is_async, seed=1, tier=None, settings=settings)
 
 
 def walk_tier(*, is_async: bool) -> Facts:
     """A small tier, copies of any duration, some of which fail."""
     chance = random.Random(2)
-    return _walk(
+    return walk(
         is_async=is_async,
         seed=2,
         tier=VirtualTier(n_slots=12, answer_after=2),
@@ -326,7 +343,7 @@ def walk_tier_restarts(*, is_async: bool) -> Facts:
         elif step % 100 == 80:
             tier.come_back(12)
 
-    return _walk(
+    return walk(
         is_async=is_async,
         seed=3,
         tier=tier,

@@ -53,6 +53,8 @@ class FakeBlock:
 class FakePool:
     """vLLM's `BlockPool` with `n_blocks` usable blocks; block 0 is the null block."""
 
+    hash_block_size = BLOCK_TOKENS
+
     def __init__(self, n_blocks: int) -> None:
         self.num_gpu_blocks = n_blocks + 1
         self.blocks = [FakeBlock(i) for i in range(n_blocks + 1)]
@@ -111,6 +113,32 @@ class FakePool:
             block.block_hash, block.content, block.ref_cnt = None, None, 1
             taken.append(block)
         return taken
+
+    def get_new_blocks(self, n_blocks: int) -> list[FakeBlock]:
+        taken = self.take(n_blocks)
+        assert taken is not None, "the caller must look first"
+        return taken
+
+    def get_cached_block(self, block_hash: bytes, group_ids: Sequence[int]) -> list[FakeBlock]:
+        assert list(group_ids) == [0]
+        block = self._cached.get(block_hash)
+        return [] if block is None else [block]
+
+    def cache_full_blocks(
+        self,
+        *,
+        request: Any,
+        blocks: Sequence[FakeBlock],
+        num_cached_blocks: int,
+        num_full_blocks: int,
+        block_size: int,
+        kv_cache_group_id: int,
+    ) -> None:
+        assert (block_size, kv_cache_group_id) == (BLOCK_TOKENS, 0)
+        for i in range(num_cached_blocks, num_full_blocks):
+            assert blocks[i].block_hash is None
+            assert request.block_hashes[i] not in self._cached
+            self.cache(blocks[i].block_id, request.block_hashes[i])
 
     def cache(self, block_id: int, block_hash: bytes) -> None:
         """A block is full and computed: it can be hit, unless another one is hit for it already."""

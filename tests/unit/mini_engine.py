@@ -137,6 +137,7 @@ class MiniEngine:
         limits: ProgramLimits | None = None,
         pin_budget_fraction: float = 1.0,
         record_file: Path | None = None,
+        link: Any = None,
     ) -> None:
         self.facts = engine_facts(ranks=ranks, pin_budget_fraction=pin_budget_fraction)
         self.tier = tier or VirtualTier(ranks=ranks)
@@ -158,15 +159,16 @@ class MiniEngine:
             policy=Policy(self.facts, config or PolicyConfig()),
             detector=ToolCallDetector(None, lambda _: "", {}),
             stats=self.stats,
-            log=DecisionLog(None),
+            log=DecisionLog(None, link),
             recorder=TurnRecorder(record_file, BLOCK_TOKENS),
             mode=LiveMode(mode, switch_file),
             clock=lambda: self.now_s,
             decode=lambda ids: "".join(map(chr, ids)),
             split_chunks=2,
+            link=link,
         )
         self.half.bind(VllmBlockPool(self.pool))
-        wrap_allocation(self, self.half.make_room, self.half.before_reset)
+        wrap_allocation(self, self.half.make_room, self.half.before_reset, self.half.after_reset)
 
     # -- what wrap_allocation replaces -------------------------------------------------------------
 
@@ -198,6 +200,12 @@ class MiniEngine:
         self.half.on_new_request(request)
         self.waiting.append(Entry(request))
         return request
+
+    def wake(self) -> None:
+        """As vLLM's API process does where the engine is idle: no request, but its hooks."""
+        request = FakeRequest("wake", [1], kv_transfer_params={"kvtier": {"wake": True}})
+        self.half.on_new_request(request)
+        self.half.finished(request, [])
 
     def abort(self, request_id: str) -> None:
         entry = next(e for e in self._entries() if e.request.request_id == request_id)
@@ -237,7 +245,8 @@ class MiniEngine:
         results, loads = self.workers.collect()
         self.now_s += STEP_S
         for order, ok in loads:
-            self._loaded(order, ok=ok)
+            if order.request_id:
+                self._loaded(order, ok=ok)
         self.half.on_worker(Report(results, step_id=orders.step_id))
         for entry in scheduled:
             entry.request.output_token_ids.append(7 + len(entry.request.output_token_ids))

@@ -18,7 +18,8 @@ from kvtier.stats import Stats
 from kvtier.tools.detection import ToolCall
 from kvtier.turns.block_pool import VllmBlockPool
 from kvtier.turns.decision_log import DecisionLog
-from kvtier.turns.pauses import Pauses
+from kvtier.turns.happenings import Happenings
+from kvtier.turns.pauses import Load, Pauses
 from kvtier.turns.staging import Stager
 from kvtier.turns.turn import Turn
 from tests.unit.fake_vllm import BLOCK_TOKENS, CHUNK_TOKENS, FakePool, FakeRequest, engine_facts
@@ -71,6 +72,7 @@ class Rig:
             self.stats,
             self.log,
             self._release,
+            Happenings(),
             lambda: 100.0 + 250e-6,
         )
         self.pauses.regret_s_per_block = (  # type: ignore[method-assign]
@@ -112,9 +114,7 @@ class Rig:
             now_s=100.0,
             aborted=aborted,
             shadow=shadow,
-            waiting=waiting,
-            running_requests=1,
-            load_backlog_tokens=0,
+            load=Load(*waiting, 1, 0),
         )
         self.pool.free_blocks(list(reversed(taken)))
         return told
@@ -315,9 +315,7 @@ def test_blocks_that_are_pinned_already_cost_no_budget() -> None:
         now_s=100.0,
         aborted=False,
         shadow=False,
-        waiting=(0, 0),
-        running_requests=1,
-        load_backlog_tokens=0,
+        load=Load(0, 0, 1, 0),
     )
     assert told is not None
     assert told["pinned_blocks"] == 8

@@ -20,7 +20,8 @@ from hypothesis.stateful import (
 
 from kvtier.backend import TierState
 from kvtier.gpu_pin import ReleaseCause
-from kvtier.programs import ProgramLimits
+from kvtier.programs import ProgramId, ProgramLimits
+from kvtier.turns.live_mode import Mode
 from tests.unit.fake_vllm import FakeRequest
 from tests.unit.mini_engine import MiniEngine
 from tests.unit.virtual_tier import VirtualTier
@@ -38,8 +39,11 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
         n_slots=st.sampled_from([4, 12, 100]),
         ranks=st.sampled_from([1, 2]),
         budget=st.sampled_from([0.3, 1.0]),
+        window_chunks=st.sampled_from([1, 2, 100]),
     )
-    def start(self, n_blocks: int, n_slots: int, ranks: int, budget: float) -> None:
+    def start(
+        self, n_blocks: int, n_slots: int, ranks: int, budget: float, window_chunks: int
+    ) -> None:
         self.tier = VirtualTier(n_slots=n_slots, ranks=ranks)
         self.engine = MiniEngine(
             n_blocks=n_blocks,
@@ -48,6 +52,9 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
             limits=ProgramLimits(forget_after_s=2000.0),
             pin_budget_fraction=budget,
         )
+        # Prefetch in pieces, as long contexts are.
+        self.engine.half.prefetcher._piece_chunks = 1
+        self.engine.half.prefetcher._window_bytes = window_chunks * self.engine.facts.slot_bytes
         self.max_tokens = (n_blocks - 2) * 4
         self.texts: dict[str, list[int]] = {}
         self.next_id = 0
@@ -99,6 +106,53 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
         self.texts[program] = [*tokens, *(7 + i for i in range(n_output))]
         for _ in range(n_steps):
             self.engine.step()
+
+    @precondition(lambda self: len(self.engine.half.prefetcher.paused))
+    @rule(
+        data=st.data(),
+        evicted=st.booleans(),
+        ttl_s=st.sampled_from([None, 0.02, 30.0]),
+        delay=st.integers(0, 3),
+        n_steps=st.sampled_from([1, 2, 6]),
+        then=st.sampled_from(["", "reset", "new_weights", "lose_tier", "off"]),
+        returns=st.booleans(),
+    )
+    def prefetch(
+        self,
+        data: st.DataObject,
+        evicted: bool,
+        ttl_s: float | None,
+        delay: int,
+        n_steps: int,
+        then: str,
+        returns: bool,
+    ) -> None:
+        """A program is said to come back soon. It does at once, or something happens, or both."""
+        engine, half = self.engine, self.engine.half
+        named = {half.facts.program_handle(ProgramId(None, "named", p)): p for p in PROGRAMS}
+        program = data.draw(st.sampled_from(sorted(half.prefetcher.paused._turns)))
+        engine.run(max_steps=2000)
+        if evicted:
+            self.memory_is_used()
+        engine.workers.delay = delay
+        half.prefetch(program, engine.now_s, ttl_s)
+        for _ in range(n_steps):
+            engine.step()
+        match then:
+            case "reset":
+                self.reset_prefix_cache()
+            case "new_weights" if self.shocks < MAX_SHOCKS:
+                self.new_weights()
+            case "lose_tier" if self.shocks < MAX_SHOCKS:
+                self.lose_tier(n_steps=1, restarted=True)
+            case "off":
+                half.live_mode.mode = Mode.OFF
+                engine.step()
+                half.live_mode.mode = Mode.ON
+        if returns and program in named:
+            self.turn(
+                named[program], n_new=3, n_output=2, fresh=False, n_steps=6, named=True, hints=None
+            )
 
     @rule(n_steps=st.integers(1, 8))
     def steps(self, n_steps: int) -> None:
@@ -214,6 +268,10 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
         half = engine.half
         left = (half._turns, half._waiting_tokens, half.stager.copies._staged, half.returns._chains)
         assert not any(left), left
+        assert not half.prefetcher.busy()
+        assert (len(half.prefetcher.paused), half.prefetcher.paused.n_bytes) == (0, 0)
+        assert not half.prefetcher._lookups._reads
+        assert not half.room.is_short
         assert len(half.programs) == 0
         assert half.pins.release_all(ReleaseCause.SHUTDOWN) == []
 

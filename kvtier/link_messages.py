@@ -269,8 +269,11 @@ class WakerHello(_Message, frozen=True, kw_only=True):
     parent_pid: int
 
 
+ALL_RANKS: Final = -1
+
+
 class Wake(_Message, frozen=True, kw_only=True):
-    """Make the engine of this data-parallel rank run a hook."""
+    """Make the engine of this data-parallel rank run a hook, or all engines with `ALL_RANKS`."""
 
     dp_rank: int
 

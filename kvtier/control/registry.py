@@ -1,0 +1,196 @@
+"""The control server's picture of the host: engines, their figures and their programs.
+
+It is kept from the messages of `kvtier.link_messages` alone: reads never reach an engine. Pure:
+no socket, no clock, and nothing of it grows beyond its limits, whatever comes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from kvtier import link_messages as link
+from kvtier.control.decision_history import DecisionHistory
+from kvtier.control.program_picture import ProgramPicture
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvtier.link_messages import ProgramKey
+
+MAX_ENGINES: Final = 256
+MAX_PROGRAMS: Final = 65_536
+"""Of one engine. An engine bounds its own programs (`max_programs`, 10,000 by default)."""
+
+
+class RegistryFullError(Exception):
+    """There is no room for another engine."""
+
+
+@dataclass(slots=True, eq=False)
+class EngineRecord:
+    """One engine; times are Unix seconds.
+
+    Attributes:
+        hello: What does not change about it.
+        policy: Its settings that may change, as it told last.
+        gauges: Its figures, None before the first report.
+        gauges_s: When it reported them.
+        seen_s: When anything came from it last.
+        programs: What it knows, in the order of their last turns' starts and ends.
+        lost_events: Events that it could not report.
+    """
+
+    hello: link.EngineHello
+    policy: link.PolicyState
+    seen_s: float
+    gauges: link.Gauges | None = None
+    gauges_s: float = 0.0
+    programs: OrderedDict[ProgramKey, ProgramPicture] = field(default_factory=OrderedDict)
+    lost_events: int = 0
+
+    @property
+    def engine_id(self) -> str:
+        """Its name."""
+        return self.hello.engine_id
+
+    @property
+    def seems_idle(self) -> bool:
+        """Whether it ran nothing when it reported last."""
+        return self.gauges is None or not (
+            self.gauges.running_requests or self.gauges.waiting_requests
+        )
+
+
+class Registry:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        *,
+        max_engines: int = MAX_ENGINES,
+        max_programs: int = MAX_PROGRAMS,
+        history: DecisionHistory | None = None,
+    ) -> None:
+        self._max_engines = max_engines
+        self._max_programs = max_programs
+        self._engines: dict[str, EngineRecord] = {}
+        self.history = DecisionHistory() if history is None else history
+
+    # -- what is known -------------------------------------------------------------------------------
+
+    def engines(self) -> list[EngineRecord]:
+        """All engines, in the order of their ids."""
+        return [self._engines[engine_id] for engine_id in sorted(self._engines)]
+
+    def engine(self, engine_id: str) -> EngineRecord | None:
+        """One engine."""
+        return self._engines.get(engine_id)
+
+    def __len__(self) -> int:
+        """Return the number of engines."""
+        return len(self._engines)
+
+    def program_count(self) -> int:
+        """Programs of all engines; one that two engines know counts twice."""
+        return sum(len(engine.programs) for engine in self._engines.values())
+
+    def find(self, tenant: str | None, name: str) -> list[tuple[EngineRecord, ProgramPicture]]:
+        """A program in each engine that knows it."""
+        keys = [link.ProgramKey(tenant, name, named) for named in (True, False)]
+        return [
+            (engine, engine.programs[key])
+            for engine in self.engines()
+            for key in keys
+            if key in engine.programs
+        ]
+
+    def programs(self) -> Iterator[tuple[EngineRecord, ProgramPicture]]:
+        """All programs of all engines."""
+        for engine in self.engines():
+            for program in engine.programs.values():
+                yield engine, program
+
+    # -- what comes ----------------------------------------------------------------------------------
+
+    def hello(self, hello: link.EngineHello, now_s: float) -> bool:
+        """An engine has said who it is. True if it is another process than before.
+
+        Raises:
+            RegistryFullError: There are too many engines; nothing has changed.
+        """
+        known = self._engines.get(hello.engine_id)
+        if known is not None and _process(known.hello) == _process(hello):
+            known.hello, known.policy, known.seen_s = hello, hello.policy, now_s
+            return False
+        if known is None and len(self._engines) >= self._max_engines:
+            raise RegistryFullError(f"{self._max_engines} engines have registered")
+        self._engines[hello.engine_id] = EngineRecord(hello, hello.policy, now_s)
+        return True
+
+    def programs_page(self, page: link.Programs, now_s: float) -> None:
+        """An engine tells all that it knows; the first page replaces what was known before."""
+        engine = self._engines.get(page.engine_id)
+        if engine is None:
+            return
+        engine.seen_s = now_s
+        if page.first:
+            engine.programs.clear()
+        for state in page.programs:
+            self._put(engine, ProgramPicture.from_state(state))
+
+    def report(self, report: link.Report, now_s: float) -> None:
+        """An engine tells what has happened."""
+        engine = self._engines.get(report.engine_id)
+        if engine is None:
+            return
+        engine.seen_s = now_s
+        engine.gauges, engine.gauges_s = report.gauges, report.sent_s
+        engine.lost_events += report.lost
+        for event in report.events:
+            self._apply(engine, event)
+
+    def policy(self, engine_id: str, policy: link.PolicyState) -> None:
+        """An engine's settings have changed."""
+        engine = self._engines.get(engine_id)
+        if engine is None:
+            return
+        engine.policy = policy
+        if engine.gauges is not None:
+            # Its next report may be a while away.
+            engine.gauges = msgspec.structs.replace(engine.gauges, mode=policy.mode)
+
+    def gone(self, engine_id: str) -> EngineRecord | None:
+        """Forget an engine with its programs; return what was known of it."""
+        return self._engines.pop(engine_id, None)
+
+    def _apply(self, engine: EngineRecord, event: link.Event) -> None:
+        if isinstance(event, link.Decided):
+            self.history.add(engine.engine_id, event)
+            return
+        if isinstance(event, link.ProgramGone):
+            engine.programs.pop(event.program, None)
+            return
+        program = engine.programs.get(event.program)
+        if program is None:
+            # Only a turn makes a program known: the end of a pin, say, may follow the program's.
+            if not isinstance(event, link.TurnStarted):
+                return
+            program = ProgramPicture(event.program, event.at_s, event.at_s)
+        program.apply(event)
+        if isinstance(event, link.TurnStarted | link.TurnEnded):
+            self._put(engine, program)
+
+    def _put(self, engine: EngineRecord, program: ProgramPicture) -> None:
+        """Make a program the last one in its engine's order."""
+        engine.programs[program.key] = program
+        engine.programs.move_to_end(program.key)
+        if len(engine.programs) > self._max_programs:
+            engine.programs.popitem(last=False)
+
+
+def _process(hello: link.EngineHello) -> tuple[int, float]:
+    return hello.pid, hello.pid_start_s

@@ -1,0 +1,269 @@
+"""An engine's end of the control link, against a real ZeroMQ ROUTER and a real scheduler half."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pytest
+import zmq
+
+from kvtier import link_messages as messages
+from kvtier.control import link as link_module
+from kvtier.control.engine_picture import PAGE_PROGRAMS
+from kvtier.control.engine_status import EngineStatus
+from kvtier.control.link import EngineLink
+from tests.unit.fake_vllm import BLOCK_TOKENS
+from tests.unit.mini_engine import MiniEngine
+from tests.unit.program_cases import follow_up, prompt, turn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+UNIX_S = 1_700_000_000.0
+Kind = TypeVar("Kind")
+
+
+class Server:
+    """The other end; bound when the test says so."""
+
+    def __init__(self, path: Path) -> None:
+        self.endpoint = f"ipc://{path}"
+        self._context = zmq.Context()
+        self._socket: Any = None
+        self._peer = b""
+
+    def bind(self) -> None:
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.bind(self.endpoint)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+
+    def send(self, message: Any) -> None:
+        frame = message if isinstance(message, bytes) else messages.encoder.encode(message)
+        self._socket.send_multipart([self._peer, frame])
+
+    def next(self) -> Any:
+        assert self._socket.poll(10_000), "the engine says nothing"
+        self._peer, frame = self._socket.recv_multipart()
+        return messages.server_decoder.decode(frame)
+
+    def all(self) -> list[Any]:
+        """What has come until nothing comes any more: ZeroMQ keeps the order of a peer's messages."""
+        found = []
+        while self._socket.poll(200):
+            found.append(self.next())
+        return found
+
+
+class Rig:
+    """A small engine with a real link to `server`."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.revived = 0
+        status: list[EngineStatus] = []
+        self.link = EngineLink(
+            server.endpoint,
+            engine_id="engine",
+            hello=lambda: status[0].hello(),  # noqa: PLW0108 - it comes later
+            read_gauges=lambda: status[0].gauges(),  # noqa: PLW0108
+            block_tokens=BLOCK_TOKENS,
+            clock=lambda: self.engine.now_s,
+            revive=self._revive,
+            wall_clock=lambda: UNIX_S + self.engine.now_s,
+        )
+        self.engine = MiniEngine(link=self.link)
+        status.append(EngineStatus(self.engine.half, "engine", "a-model", dp_rank=0))
+
+    def _revive(self) -> None:
+        self.revived += 1
+
+    def until(self, kind: type[Kind]) -> Kind:
+        """Run hooks until the server gets such a message; the connection takes a moment."""
+        for _ in range(500):
+            self.engine.now_s += 1.1
+            self.engine.wake()
+            while self.server._socket.poll(20):
+                message = self.server.next()
+                if isinstance(message, kind):
+                    return message
+        raise AssertionError(f"no {kind.__name__}")
+
+    def follow(self) -> messages.Programs:
+        """The server meets the engine, and asks for all it knows."""
+        self.until(messages.EngineHello)
+        self.server.send(messages.Resync())
+        return self.until(messages.Programs)
+
+    def wake_until(self, condition: Any) -> None:
+        for _ in range(500):
+            self.engine.now_s += 0.1
+            self.engine.wake()
+            if condition():
+                return
+            self.server._socket.poll(10)
+        raise AssertionError("it never happened")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path / "s")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def rig(server: Server) -> Iterator[Rig]:
+    made = Rig(server)
+    yield made
+    made.link.close()
+
+
+def events(found: list[Any]) -> list[messages.Event]:
+    return [event for m in found if isinstance(m, messages.Report) for event in m.events]
+
+
+def test_without_a_server_nothing_is_kept_and_someone_is_asked_to_start_it(rig: Rig) -> None:
+    for i in range(50):
+        rig.engine.run(turn(f"r{i}", prompt(20), session="s"))
+        rig.engine.now_s += 10.0
+    assert not rig.link.is_followed
+    assert rig.link._events == []
+    assert 0 < rig.revived <= 500 / link_module.REVIVE_INTERVAL_S + 1
+
+
+def test_a_server_that_comes_later_learns_what_there_is(rig: Rig, server: Server) -> None:
+    rig.engine.run(turn("r1", prompt(30), session="agent", hints={"tool": "bash"}))
+    server.bind()
+    page = rig.follow()
+    assert page.first
+    (state,) = page.programs
+    assert state.program == messages.ProgramKey(None, "agent")
+    assert (state.turns, state.context_tokens, state.cpu_tokens) == (1, 34, 32)
+    assert (state.waiting, state.running, state.tool) == ([], [], "bash")
+    assert [(pin.request_id, pin.tokens) for pin in state.pins] == [("r1", 32)]
+    assert state.pins[0].deadline_s > UNIX_S + rig.engine.now_s
+    assert state.predicted_return_s is not None
+
+
+def test_what_happens_is_told_in_order_and_before_the_engine_goes_idle(
+    rig: Rig, server: Server
+) -> None:
+    server.bind()
+    rig.follow()
+    first = turn("r1", prompt(30), session="agent")
+    rig.engine.run(first)
+    rig.engine.half.report(rig.engine.now_s)
+    told = events(server.all())
+    kinds = [type(event).__name__ for event in told]
+    assert kinds == [
+        "TurnStarted",
+        "TurnRunning",
+        "TurnEnded",
+        "Pinned",
+        "Decided",
+        *["Staged"] * (len(kinds) - 5),
+    ]
+    assert {event.program.name for event in told} == {"agent"}
+    started, running, ended, pinned, decided = told[:5]
+    assert isinstance(started, messages.TurnStarted)
+    assert (started.turn, started.prompt_tokens, started.gap_s) == (1, 30, None)
+    assert isinstance(running, messages.TurnRunning)
+    assert (running.gpu_tokens, running.cpu_tokens, running.recomputed_tokens) == (0, 0, 30)
+    assert isinstance(ended, messages.TurnEnded)
+    assert (ended.context_tokens, ended.output_tokens) == (34, 4)
+    assert isinstance(pinned, messages.Pinned)
+    assert pinned.tokens == 32
+    assert isinstance(decided, messages.Decided)
+    assert decided.action == "pin"
+    assert {cost.option for cost in decided.costs} >= {"drop", "pin"}
+    assert decided.inputs["keep_tokens"] == 32
+    assert abs(pinned.deadline_s - decided.at_s - decided.ttl_s) < 0.1
+
+    rig.engine.now_s += 3.0
+    rig.engine.run(follow_up(first, "r2", session="agent"))
+    rig.engine.half.report(rig.engine.now_s)
+    told = events(server.all())
+    kinds = [type(event).__name__ for event in told]
+    assert kinds[:3] == ["TurnStarted", "PinEnded", "TurnRunning"]
+    assert isinstance(told[0], messages.TurnStarted)
+    assert told[0].gap_s == pytest.approx(3.0, abs=0.1)
+    assert isinstance(told[1], messages.PinEnded)
+    assert (told[1].cause, told[1].tokens) == ("handoff", 32)
+
+
+def test_a_command_gets_one_answer_after_what_it_caused(rig: Rig, server: Server) -> None:
+    server.bind()
+    rig.engine.run(turn("r1", prompt(30), session="agent"))
+    rig.follow()
+    server.all()
+    server.send(messages.ReleaseCommand(id=7, program=messages.ProgramKey(None, "agent")))
+    rig.wake_until(lambda: not rig.engine.pool.references)
+    found = server.all()
+    answers = [m for m in found if isinstance(m, messages.Answer)]
+    assert [(a.id, a.engine_id, a.outcome) for a in answers] == [(7, "engine", "accepted")]
+    ended = [i for i, m in enumerate(found) if events([m])]
+    assert ended
+    assert ended[0] < found.index(answers[0])
+
+
+def test_noise_on_the_socket_is_ignored(rig: Rig, server: Server) -> None:
+    server.bind()
+    rig.engine.run(turn("r1", prompt(30), session="agent"))
+    rig.follow()
+    for noise in (b"", b"\x00", b"\xc1\xc1", messages.encoder.encode({"type": "Nonsense"})):
+        server.send(noise)
+    server.send(messages.ReleaseCommand(id=8, program=messages.ProgramKey(None, "agent")))
+    rig.wake_until(lambda: not rig.engine.pool.references)
+
+
+def test_too_many_events_are_counted_and_the_picture_is_sent_anew(
+    rig: Rig, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "MAX_EVENTS", 3)
+    server.bind()
+    rig.follow()
+    server.all()
+    rig.engine.run(turn("r1", prompt(30), session="agent"))
+    rig.engine.half.report(rig.engine.now_s)
+    found = server.all()
+    assert sum(m.lost for m in found if isinstance(m, messages.Report)) > 0
+    (page,) = [m for m in found if isinstance(m, messages.Programs)]
+    assert page.programs[0].context_tokens == 34
+
+
+def test_many_programs_come_in_pages(rig: Rig, server: Server) -> None:
+    for i in range(PAGE_PROGRAMS + 1):
+        rig.engine.run(turn(f"r{i}", prompt(8, i), session=f"agent-{i}"))
+    server.bind()
+    first = rig.follow()
+    second = server.next()
+    assert (first.first, len(first.programs)) == (True, PAGE_PROGRAMS)
+    assert isinstance(second, messages.Programs)
+    assert (second.first, len(second.programs)) == (False, 1)
+
+
+def test_a_server_that_has_gone_is_found_again(rig: Rig, server: Server) -> None:
+    server.bind()
+    rig.follow()
+    server.close()
+    server.bind()
+    rig.engine.run(turn("r1", prompt(30), session="agent"))
+    # Whatever comes first, the new server knows nobody, and asks.
+    rig.wake_until(lambda: server._socket.poll(0))
+    server.next()
+    server.send(messages.Resync())
+    page = rig.until(messages.Programs)
+    assert page.programs[0].program.name == "agent"
+
+
+def test_goodbye_is_said(server: Server) -> None:
+    rig = Rig(server)
+    server.bind()
+    rig.follow()
+    rig.engine.half.shutdown()
+    assert any(isinstance(m, messages.EngineBye) for m in server.all())

@@ -1,0 +1,161 @@
+"""The engine's half of kvtier and the control server, steered from outside through gRPC."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from kvtier.control.engine_status import EngineStatus
+from kvtier.control.link import EngineLink
+from kvtier.v1 import observability_pb2, outcome_pb2, policy_pb2, program_pb2, ttl_pb2
+from tests.unit.control.control_host import Host, Refused, in_background, wait_until
+from tests.unit.fake_vllm import BLOCK_TOKENS
+from tests.unit.mini_engine import MiniEngine
+from tests.unit.program_cases import follow_up, prompt, turn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+AGENT = {"name": "agent"}
+
+
+class Rig:
+    """A small engine that is followed by a control server."""
+
+    def __init__(self, host: Host) -> None:
+        self.client = host.client
+        status: list[EngineStatus] = []
+        started_s = time.time()
+        began_s = 0.0
+        self.link = EngineLink(
+            f"ipc://{host.files.link_socket_path}",
+            engine_id="engine",
+            hello=lambda: status[0].hello(),  # noqa: PLW0108 - it comes later
+            read_gauges=lambda: status[0].gauges(),  # noqa: PLW0108
+            block_tokens=BLOCK_TOKENS,
+            clock=lambda: self.engine.now_s,
+            wall_clock=lambda: started_s + self.engine.now_s - began_s,
+        )
+        self.engine = MiniEngine(link=self.link)
+        began_s = self.engine.now_s
+        status.append(EngineStatus(self.engine.half, "engine", "a-model", dp_rank=0))
+        self.until(lambda: self.status().engines)
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        """Run hooks, as an engine with other work does, until `condition` holds."""
+
+        def holds() -> Any:
+            self.engine.now_s += 0.02
+            self.engine.wake()
+            return condition()
+
+        return wait_until(holds, "it happens")
+
+    def result(self, call: Callable[[], Any]) -> Any:
+        """Make a call while the engine runs."""
+        results: list[Any] = []
+        answer = in_background(lambda: results.append(call()))
+        self.until(lambda: results)
+        answer()
+        return results[0]
+
+    def status(self) -> observability_pb2.GetStatusResponse:
+        return self.client.observability.GetStatus(observability_pb2.GetStatusRequest())
+
+    def program(self) -> program_pb2.Program:
+        (found,) = self.client.programs.GetProgram(program_pb2.GetProgramRequest(**AGENT)).programs
+        return found
+
+    def paused(self) -> program_pb2.Program:
+        """The program when the server has heard of its pause."""
+
+        def found() -> program_pb2.Program | None:
+            try:
+                program = self.program()
+            except grpc.RpcError:
+                return None
+            return program if program.state == program_pb2.PROGRAM_STATE_PAUSED else None
+
+        return self.until(found)
+
+
+@pytest.fixture
+def rig(host: Host) -> Iterator[Rig]:
+    made = Rig(host)
+    yield made
+    made.link.close()
+
+
+def test_a_pause_is_seen_released_and_ended_from_outside(rig: Rig) -> None:
+    rig.engine.run(turn("r1", prompt(30), session="agent", hints={"tool": "bash"}))
+    found = rig.paused()
+    assert (found.turns, found.context_tokens, found.tool) == (1, 34, "bash")
+    assert found.gpu_pinned_tokens == 32
+    assert found.HasField("ttl_left")
+    request = observability_pb2.ExplainDecisionRequest(**AGENT)
+    decision = rig.client.observability.ExplainDecision(request).decisions[0]
+    assert (decision.event, decision.action) == ("pause", "pin")
+    assert "pin" in {cost.option for cost in decision.costs}
+
+    release = program_pb2.ReleaseProgramRequest(**AGENT)
+    answer = rig.result(lambda: rig.client.programs.ReleaseProgram(release))
+    assert answer.results[0].outcome in {
+        outcome_pb2.OUTCOME_ACCEPTED,
+        outcome_pb2.OUTCOME_CLIPPED,
+    }
+    # An answer comes after all that led to it: the picture is right at once.
+    assert rig.program().gpu_pinned_tokens == 0
+    assert rig.engine.half.pins.pinned_blocks == 0
+
+    end = program_pb2.EndProgramRequest(**AGENT)
+    answer = rig.result(lambda: rig.client.programs.EndProgram(end))
+    assert answer.results[0].outcome == outcome_pb2.OUTCOME_ACCEPTED
+    assert Refused(rig.program).code == grpc.StatusCode.NOT_FOUND
+
+
+def test_an_override_of_0_leaves_a_tools_next_pause_unpinned(rig: Rig) -> None:
+    override = ttl_pb2.TtlOverride(
+        scope=ttl_pb2.TtlScope(tool="bash"), mode=ttl_pb2.TTL_MODE_FIXED, ttl=Duration()
+    )
+    answer = rig.result(
+        lambda: rig.client.ttl.SetTtlOverride(ttl_pb2.SetTtlOverrideRequest(override=override))
+    )
+    assert answer.engines == 1
+    first = turn("r1", prompt(30), session="agent", hints={"tool": "bash"})
+    rig.engine.run(first)
+    assert rig.paused().gpu_pinned_tokens == 0
+    override.ttl.seconds = 60
+    rig.result(
+        lambda: rig.client.ttl.SetTtlOverride(ttl_pb2.SetTtlOverrideRequest(override=override))
+    )
+    rig.engine.run(follow_up(first, "r2", session="agent", hints={"tool": "bash"}))
+    rig.until(lambda: rig.program().turns == 2)
+    found = rig.paused()
+    assert found.gpu_pinned_tokens > 0
+    assert 50 < found.ttl_left.seconds <= 60
+
+
+def test_the_policy_is_changed_and_shown_and_a_restarted_server_learns_all_anew(
+    rig: Rig, host: Host
+) -> None:
+    request = policy_pb2.UpdatePolicyRequest(policy=policy_pb2.Policy(mode=policy_pb2.MODE_SHADOW))
+    request.update_mask.paths.append("mode")
+    answer = rig.result(lambda: rig.client.policy.UpdatePolicy(request))
+    assert answer.results[0].outcome == outcome_pb2.OUTCOME_ACCEPTED
+    assert answer.policies[0].policy.mode == policy_pb2.MODE_SHADOW
+    assert rig.status().engines[0].mode == "shadow"
+    rig.engine.run(turn("r1", prompt(30), session="agent"))
+    before = rig.paused()
+    host.stop()
+    host.join()
+    with Host(host.run_dir) as again:
+        rig.client = again.client
+        rig.until(lambda: rig.status().engines)
+        after = rig.paused()
+        assert (after.turns, after.context_tokens) == (before.turns, before.context_tokens)
+        policy = again.client.policy.GetPolicy(policy_pb2.GetPolicyRequest())
+        assert policy.policies[0].policy.mode == policy_pb2.MODE_SHADOW

@@ -1,0 +1,386 @@
+"""Commands of operators and clients, from the link to the blocks and back, in a small engine."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvtier import link_messages as messages
+from kvtier.backend import NoTier
+from kvtier.link_messages import ProgramKey
+from kvtier.turns.happenings import Happenings
+from tests.unit.mini_engine import MiniEngine
+from tests.unit.program_cases import assert_nothing_held, evict, follow_up, prompt, total, turn
+from tests.unit.virtual_tier import VirtualTier
+
+if TYPE_CHECKING:
+    from kvtier.gpu_pin import Pin
+    from kvtier.orders import StepOrders
+    from tests.unit.fake_vllm import FakeRequest
+
+AGENT = ProgramKey(None, "agent")
+
+
+class ScriptedLink(Happenings):
+    """Commands are given by the test; answers and the order of what was told are kept."""
+
+    engine_id = "engine"
+
+    def __init__(self) -> None:
+        self.queue: list[messages.Command] = []
+        self.answers: list[messages.Answer] = []
+        self.told: list[tuple[str, str]] = []
+
+    def commands(self, now_s: float, *, urgent: bool = False) -> list[messages.Command]:
+        taken, self.queue = self.queue, []
+        return taken
+
+    def answer(self, answer: messages.Answer) -> None:
+        self.answers.append(answer)
+
+    def report(self, now_s: float, *, idle: bool) -> None:
+        pass
+
+    def close(self) -> None:
+        self.told.append(("close", ""))
+
+    def decided(self, event: str, program: str, request_id: str, entry: dict[str, Any]) -> None:
+        self.told.append((event, str(entry.get("cause", entry.get("action")))))
+
+    def pinned(self, pin: Pin) -> None:
+        self.told.append(("pinned", pin.key))
+
+    def program_gone(self, program: str) -> None:
+        self.told.append(("gone", ""))
+
+
+class Rig:
+    """An engine with a link. `do` sends a command to the idle engine and wakes it."""
+
+    def __init__(self, **engine: Any) -> None:
+        self.link = ScriptedLink()
+        self.engine = MiniEngine(link=self.link, **engine)
+        self._ids = count(1)
+
+    def do(self, kind: type[messages.Command], **fields: Any) -> messages.Answer:
+        self.send(kind, **fields)
+        self.engine.wake()
+        return self.link.answers[-1]
+
+    def send(self, kind: type[messages.Command], **fields: Any) -> None:
+        if kind not in (
+            messages.OverridesCommand,
+            messages.PolicyCommand,
+            messages.CalibrateCommand,
+        ):
+            fields.setdefault("program", AGENT)
+        self.link.queue.append(kind(id=next(self._ids), **fields))
+
+    @property
+    def pins(self) -> list[Pin]:
+        return list(self.engine.half.pins.pins())
+
+    def left_s(self) -> float:
+        return self.pins[0].deadline_s - self.engine.now_s
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+def agent_turn(rig: Rig, request_id: str = "r1", n_tokens: int = 30, **fields: Any) -> FakeRequest:
+    request = turn(request_id, prompt(n_tokens), session="agent", **fields)
+    rig.engine.run(request)
+    return request
+
+
+# -- pins ------------------------------------------------------------------------------------------
+
+
+def test_a_pin_is_given_another_time(rig: Rig) -> None:
+    agent_turn(rig)
+    answer = rig.do(messages.PinCommand, ttl_s=42.0)
+    assert (answer.outcome, answer.reason) == ("accepted", "pinned")
+    assert rig.left_s() == pytest.approx(42.0)
+    rig.engine.now_s += 43.0
+    rig.engine.wake()
+    assert rig.pins == []
+
+
+def test_a_pin_longer_than_allowed_is_clipped(rig: Rig) -> None:
+    agent_turn(rig)
+    answer = rig.do(messages.PinCommand, ttl_s=1e6)
+    assert (answer.outcome, answer.reason) == ("clipped", "max_ttl")
+    assert rig.left_s() == pytest.approx(600.0)
+
+
+def test_release_frees_the_blocks_of_an_idle_engine_at_once(rig: Rig) -> None:
+    agent_turn(rig)
+    assert rig.engine.pool.references
+    answer = rig.do(messages.ReleaseCommand)
+    assert (answer.outcome, answer.reason, answer.detail) == ("accepted", "released", "8 blocks")
+    assert rig.engine.pool.references == {}
+    assert ("release", "command") in rig.link.told
+    again = rig.do(messages.ReleaseCommand)
+    assert (again.outcome, again.reason) == ("missing", "no_pin")
+
+
+def test_a_release_during_the_copy_says_that_blocks_come_later(rig: Rig) -> None:
+    rig.engine.workers.delay = 3
+    request = turn("r1", prompt(30), session="agent")
+    rig.engine.add(request)
+    while "r1" not in rig.engine.told:
+        rig.engine.step()
+    answer = rig.do(messages.ReleaseCommand)
+    assert (answer.outcome, answer.reason) == ("clipped", "staging")
+    rig.engine.run()
+    assert rig.engine.pool.references == {}
+
+
+def test_nothing_is_done_to_a_program_that_runs(rig: Rig) -> None:
+    request = turn("r1", prompt(30), session="agent")
+    rig.engine.add(request)
+    for kind in (messages.ReleaseCommand, messages.StageCommand, messages.PrefetchCommand):
+        answer = rig.do(kind)
+        assert (answer.outcome, answer.reason) == ("rejected", "running")
+    rig.engine.run()
+    assert "r1" in rig.engine.told
+
+
+def test_an_unknown_program_is_missing(rig: Rig) -> None:
+    for key in (ProgramKey(None, "nobody"), ProgramKey("tenant", "agent")):
+        agent_turn(rig)
+        answer = rig.do(messages.ReleaseCommand, program=key)
+        assert (answer.outcome, answer.reason) == ("missing", "unknown_program")
+
+
+# -- the CPU tier ----------------------------------------------------------------------------------
+
+
+def test_staging_on_command_copies_what_the_pause_did_not(rig: Rig) -> None:
+    agent_turn(rig, hints={"stage": False})
+    assert not rig.engine.half.stager.copies
+    assert isinstance(rig.engine.tier, VirtualTier)
+    answer = rig.do(messages.StageCommand)
+    assert (answer.outcome, answer.reason, answer.detail) == ("accepted", "staging", "32 tokens")
+    rig.engine.run()
+    assert rig.engine.tier.table.counts()["chunks"] == 4
+    again = rig.do(messages.StageCommand)
+    assert (again.outcome, again.reason) == ("accepted", "staged")
+
+
+def test_staging_without_a_tier_is_rejected() -> None:
+    rig = Rig(tier=NoTier())
+    agent_turn(rig)
+    answer = rig.do(messages.StageCommand)
+    assert (answer.outcome, answer.reason) == ("rejected", "no_tier")
+
+
+def test_a_program_is_prefetched_before_it_returns(rig: Rig) -> None:
+    first = agent_turn(rig)
+    rig.do(messages.ReleaseCommand)
+    evict(rig.engine)
+    answer = rig.do(messages.ToolReturnCommand)
+    assert answer.outcome == "accepted", answer
+    rig.engine.run()
+    second = follow_up(first, "r2", session="agent")
+    rig.engine.run(second)
+    assert total(rig.engine, "prompt_tokens|gpu_pin") == 32
+
+
+def test_a_returned_tool_keeps_the_pin_for_a_while(rig: Rig) -> None:
+    agent_turn(rig)
+    rig.do(messages.PinCommand, ttl_s=1.0)
+    answer = rig.do(messages.ToolReturnCommand)
+    assert (answer.outcome, answer.reason) == ("accepted", "in_gpu")
+    assert rig.left_s() == pytest.approx(60.0)
+
+
+# -- tools -----------------------------------------------------------------------------------------
+
+
+def test_an_announced_tool_names_the_pause(rig: Rig) -> None:
+    agent_turn(rig)
+    answer = rig.do(messages.ToolCallCommand, tool="bash", p50_s=5.0)
+    assert (answer.outcome, answer.reason) == ("accepted", "decided_anew")
+    rig.engine.now_s += 5.0
+    again = turn("r2", prompt(30), session="agent")
+    rig.engine.run(again)
+    # The gap was learned under the announced name: its window exists now.
+    assert rig.engine.half.policy.ttl._gaps.n_tools == 1
+
+
+def test_a_tool_announced_during_the_turn_counts_at_its_end(rig: Rig) -> None:
+    request = turn("r1", prompt(30), session="agent")
+    rig.engine.add(request)
+    rig.engine.step()
+    answer = rig.do(messages.ToolCallCommand, tool="bash")
+    assert (answer.outcome, answer.reason) == ("accepted", "at_turn_end")
+    rig.engine.run()
+    assert rig.engine.told["r1"]["tool"] == "bash"
+    # It is over with the pause.
+    again = turn("r2", prompt(40), session="agent")
+    rig.engine.run(again)
+    assert rig.engine.told["r2"]["tool"] is None
+
+
+def test_the_end_of_a_program_gives_everything_up(rig: Rig) -> None:
+    agent_turn(rig)
+    answer = rig.do(messages.EndCommand)
+    assert (answer.outcome, answer.reason) == ("accepted", "ended")
+    assert ("gone", "") in rig.link.told
+    assert rig.engine.pool.references == {}
+    assert len(rig.engine.half.programs) == 0
+    assert isinstance(rig.engine.tier, VirtualTier)
+    assert rig.engine.tier.table.counts()["programs"] == 0
+    assert_nothing_held(rig.engine)
+
+
+def test_the_end_of_a_running_program_waits_for_its_turn(rig: Rig) -> None:
+    request = turn("r1", prompt(30), session="agent")
+    rig.engine.add(request)
+    assert rig.do(messages.EndCommand).reason == "at_turn_end"
+    rig.engine.run()
+    assert len(rig.engine.half.programs) == 0
+    assert rig.engine.pool.references == {}
+
+
+# -- overrides and policy --------------------------------------------------------------------------
+
+
+def override(mode: str, ttl_s: float, **scope: Any) -> messages.TtlOverride:
+    return messages.TtlOverride(mode=mode, ttl_s=ttl_s, **scope)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "scope", [{"program": AGENT}, {"tool": "bash"}, {"tenant": "acme"}, {}], ids=str
+)
+def test_an_override_of_zero_pins_nothing(scope: dict[str, Any]) -> None:
+    rig = Rig()
+    if "program" in scope:
+        scope = {"program": ProgramKey("acme", "agent")}
+    rig.do(messages.OverridesCommand, overrides=[override("fixed", 0.0, **scope)])
+    agent_turn(rig, cache_salt="acme", hints={"tool": "bash"})
+    assert rig.pins == []
+    assert rig.engine.told["r1"]["reason"] == "override_fixed"
+    rig.do(messages.OverridesCommand, overrides=[])
+    agent_turn(rig, "r2", cache_salt="acme", hints={"tool": "bash"})
+    assert rig.pins
+
+
+def test_an_override_fixes_the_time(rig: Rig) -> None:
+    rig.do(messages.OverridesCommand, overrides=[override("fixed", 60.0, program=AGENT)])
+    agent_turn(rig, hints={"ttl_s": 5.0})
+    assert rig.engine.told["r1"]["ttl_s"] == 60.0
+
+
+def test_the_answer_to_a_change_is_the_policy_that_holds(rig: Rig) -> None:
+    answer = rig.do(messages.PolicyCommand, max_ttl_s=7.0, stage=False, aging_s=5.0)
+    assert answer.outcome == "accepted"
+    assert answer.policy is not None
+    assert (answer.policy.max_ttl_s, answer.policy.stage, answer.policy.aging_s) == (
+        7.0,
+        False,
+        5.0,
+    )
+    agent_turn(rig)
+    assert rig.engine.told["r1"]["ttl_s"] <= 7.0
+    assert not rig.engine.half.stager.copies
+
+
+def test_a_policy_out_of_range_changes_nothing(rig: Rig) -> None:
+    before = rig.do(messages.PolicyCommand).policy
+    answer = rig.do(messages.PolicyCommand, max_ttl_s=7.0, aging_s=-1.0)
+    assert (answer.outcome, answer.reason) == ("rejected", "out_of_range")
+    assert "aging_s" in answer.detail
+    assert answer.policy == before
+
+
+def test_a_smaller_budget_ends_pins_until_it_holds(rig: Rig) -> None:
+    agent_turn(rig)
+    other = turn("r9", prompt(20, 500), session="other")
+    rig.engine.run(other)
+    pinned = rig.engine.half.pins.pinned_blocks
+    assert pinned > 10
+    answer = rig.do(messages.PolicyCommand, pin_budget_fraction=10 / 40)
+    assert answer.outcome == "accepted"
+    assert 0 < rig.engine.half.pins.pinned_blocks <= 10
+    rig.do(messages.PolicyCommand, pin_budget_fraction=0.0)
+    assert rig.engine.pool.references == {}
+
+
+def test_mode_off_by_command_holds_nothing_and_on_again_pins(rig: Rig) -> None:
+    agent_turn(rig)
+    answer = rig.do(messages.PolicyCommand, mode="off")
+    assert answer.policy is not None
+    assert answer.policy.mode == "off"
+    rig.engine.wake()
+    assert rig.engine.pool.references == {}
+    rig.do(messages.PolicyCommand, mode="on")
+    agent_turn(rig, "r2")
+    assert rig.pins
+
+
+def test_a_tenant_pins_only_what_its_budget_allows(rig: Rig) -> None:
+    # 8 blocks of 1000 bytes, for 10 s.
+    budget = messages.TenantBudget("acme", 80_000, 1e6)
+    rig.do(messages.PolicyCommand, tenant_budgets=[budget])
+    agent_turn(rig, cache_salt="acme", hints={"ttl_s": 60.0})
+    assert rig.left_s() == pytest.approx(10.0, abs=0.2)
+    other = turn("r9", prompt(20, 500), session="other")
+    other.cache_salt = "acme"
+    rig.engine.run(other)
+    # Nothing is left for a second one.
+    assert [pin.key for pin in rig.pins] == ["r1"]
+    assert rig.engine.told["r9"]["reason"] == "tenant_budget"
+    # What the first does not use comes back.
+    rig.do(messages.ReleaseCommand, program=ProgramKey("acme", "agent"))
+    again = turn("r10", prompt(20, 600), session="third")
+    again.cache_salt = "acme"
+    rig.engine.run(again)
+    assert [pin.key for pin in rig.pins] == ["r10"]
+
+
+# -- all of them -----------------------------------------------------------------------------------
+
+
+def test_commands_are_counted_and_a_failing_one_is_answered(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent_turn(rig, hints={"stage": False})
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(rig.engine.half.policy, "staged_value_s", fail)
+    answer = rig.do(messages.StageCommand)
+    assert (answer.outcome, answer.reason) == ("rejected", "internal")
+    assert total(rig.engine, "commands|stage|rejected") == 1
+
+
+def test_a_wake_is_no_turn(rig: Rig) -> None:
+    rig.engine.wake()
+    assert len(rig.engine.half.programs) == 0
+    assert not rig.engine.busy
+    assert rig.engine.pool.references == {}
+
+
+def test_the_link_is_measured_anew_when_the_engine_is_idle(rig: Rig) -> None:
+    request = turn("r1", prompt(30))
+    rig.engine.add(request)
+    rig.engine.step()
+    rig.do(messages.CalibrateCommand)
+    running_while_measured: list[int] = []
+    submit = rig.engine.workers.submit
+
+    def watched(step: StepOrders, now_s: float) -> None:
+        if step.measure:
+            running_while_measured.append(len(rig.engine.running))
+        submit(step, now_s)
+
+    rig.engine.workers.submit = watched  # type: ignore[method-assign]
+    rig.engine.run()
+    assert running_while_measured == [0]
