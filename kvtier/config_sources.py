@@ -19,8 +19,17 @@ import yaml
 ENV_PREFIX = "KVTIER_"
 EXTRA_PREFIX = "kvtier."
 CONFIG_FILE_VARIABLE = "KVTIER_CONFIG_FILE"
-# Variables with the prefix that are no settings: directories and the file itself.
-_OTHER_VARIABLES = frozenset({CONFIG_FILE_VARIABLE, "KVTIER_CACHE_DIR", "KVTIER_RUN_DIR"})
+# Variables with the prefix that are no settings: directories, the file itself, and what clients of the
+# control API go by (`kvtier.client.connection`).
+_OTHER_VARIABLES = frozenset(
+    {
+        CONFIG_FILE_VARIABLE,
+        "KVTIER_CACHE_DIR",
+        "KVTIER_RUN_DIR",
+        "KVTIER_CONTROL_TARGET",
+        "KVTIER_CONTROL_TOKEN_FILE",
+    }
+)
 _SUFFIXES = ".toml, .yaml, .yml or .json"
 
 

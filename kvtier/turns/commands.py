@@ -202,9 +202,6 @@ class Commands:
         return tokens - staged
 
     def _prefetch(self, program: str, now_s: float, ttl_s: float | None) -> Result:
-        if pins := self._pins.of_program(program):
-            tokens = sum(len(pin.block_ids) for pin in pins) * self._facts.block_tokens
-            return Result("accepted", "in_gpu", f"{tokens} tokens are pinned")
         outcome, reason, detail = self._prefetch_program(program, now_s, ttl_s)
         return Result(_checked(outcome), reason, detail)
 
