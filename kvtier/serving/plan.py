@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 CONNECTOR: Final = "KVTierConnector"
 CONNECTOR_MODULE: Final = "kvtier.connector"
 CPU_BLOCK_TOKENS: Final = 32
+MIDDLEWARE: Final = "kvtier.middleware.KVTierMiddleware"
 _TRANSFER_FLAG: Final = "--kv-transfer-config"
 # Formats that exactly one of vLLM's parsers reads, by the parser's name. For the others (several
 # versions of one marker) a guess could return garbled tool calls: the user has to choose.
@@ -77,18 +79,24 @@ class VllmFlags:
 
     def value(self, flag: str) -> str | None:
         """Return a flag's last value, None when it is not given."""
-        found: str | None = None
+        found = self.values(flag)
+        return found[-1] if found else None
+
+    def values(self, flag: str) -> list[str]:
+        """Return the values of a flag that may be given several times; the file's, if only there."""
+        found: list[str] = []
         for index, word in enumerate(self.words):
             if _name(word) != flag:
                 continue
             if "=" in word:
-                found = word.partition("=")[2]
+                found.append(word.partition("=")[2])
             elif index + 1 < len(self.words):
-                found = self.words[index + 1]
+                found.append(self.words[index + 1])
             else:
                 raise ServeError(f"{flag} needs a value")
-        if found is None and (from_file := self._file.get(flag.removeprefix("--"))) is not None:
-            found = from_file if isinstance(from_file, str) else json.dumps(from_file)
+        if not found and (from_file := self._file.get(flag.removeprefix("--"))) is not None:
+            listed = from_file if isinstance(from_file, list) else [from_file]
+            found = [item if isinstance(item, str) else json.dumps(item) for item in listed]
         return found
 
     def without(self, flag: str) -> list[str]:
@@ -105,6 +113,8 @@ def plan_serve(
     configured_parser: str | None = None,
     program_scheduler: bool | None = None,
     record_file: str | None = None,
+    middleware: bool = True,
+    environment: Mapping[str, str] | None = None,
     vllm: Sequence[str] | None = None,
 ) -> ServePlan:
     """Fill in what the user's flags leave open; what the user gave stays as it is.
@@ -117,6 +127,8 @@ def plan_serve(
         configured_parser: `tool_call_parser` of kvtier's own settings.
         program_scheduler: Use kvtier's scheduler class; None: unless the flags choose another order.
         record_file: Where turns are recorded, as an absolute path.
+        middleware: Recognise agents by their own headers, and let commands wake an idle engine.
+        environment: Variables that vLLM will see; default is this process's.
         vllm: The command `vllm`; default is the one beside this interpreter.
 
     Raises:
@@ -148,6 +160,8 @@ def plan_serve(
 
     if program_scheduler is not False:
         added += _scheduler_flags(flags, notes, asked=program_scheduler is True)
+    if middleware:
+        added += _middleware_flags(flags, notes, os.environ if environment is None else environment)
 
     extra: dict[str, object] = {}
     if parser is not None and configured_parser is None:
@@ -190,6 +204,20 @@ def _scheduler_flags(flags: VllmFlags, notes: list[str], *, asked: bool) -> list
         return []
     added = ["--scheduler-cls", "kvtier.scheduler.ProgramScheduler"]
     return added if policy else [*added, "--scheduling-policy", "priority"]
+
+
+def _middleware_flags(
+    flags: VllmFlags, notes: list[str], environment: Mapping[str, str]
+) -> list[str]:
+    if MIDDLEWARE in flags.values("--middleware"):
+        return []
+    if environment.get("VLLM_USE_RUST_FRONTEND", "0") not in {"", "0"}:
+        notes.append(
+            "no middleware: vLLM's Rust frontend takes none. Agents are known by X-Session-ID and by "
+            "their prompts, and commands to an idle engine wait for its next request"
+        )
+        return []
+    return ["--middleware", MIDDLEWARE]
 
 
 def _transfer_config(flags: VllmFlags, extra: Mapping[str, object]) -> dict[str, Any]:

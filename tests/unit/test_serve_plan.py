@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvtier.serving.plan import ServeError, ServePlan, VllmFlags, plan_serve
+from kvtier.serving.plan import MIDDLEWARE, ServeError, ServePlan, VllmFlags, plan_serve
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +20,7 @@ def plan(*words: str, **options: Any) -> ServePlan:
         "chat_template": None,
         "vllm": ["vllm"],
         "program_scheduler": False,
+        "middleware": False,
     }
     return plan_serve("m", words, **{**defaults, **options})
 
@@ -170,6 +172,46 @@ def test_given_priority_policy_is_not_repeated() -> None:
 def test_scheduler_contradictions(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(ServeError, match=message):
         plan(*words, program_scheduler=True)
+
+
+def test_agents_are_recognised_unless_it_is_declined() -> None:
+    assert flags_of(plan(middleware=True, environment={})) == ("--middleware", MIDDLEWARE)
+    assert flags_of(plan(middleware=False)) == ()
+
+
+def test_the_middleware_is_where_the_flag_says() -> None:
+    module, _, name = MIDDLEWARE.rpartition(".")
+    assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+@pytest.mark.parametrize(
+    "given", [("--middleware", MIDDLEWARE), (f"--middleware={MIDDLEWARE}", "--middleware", "a.B")]
+)
+def test_a_given_middleware_is_not_repeated(given: tuple[str, ...]) -> None:
+    assert flags_of(plan(*given, middleware=True, environment={})) == given
+
+
+def test_other_middlewares_stay() -> None:
+    made = plan("--middleware", "a.B", middleware=True, environment={})
+    assert flags_of(made) == ("--middleware", "a.B", "--middleware", MIDDLEWARE)
+
+
+@pytest.mark.parametrize(
+    "content", [f"middleware: {MIDDLEWARE}", f"middleware: [a.B, {MIDDLEWARE}]"]
+)
+def test_a_middleware_in_vllms_config_file_is_not_repeated(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text(content, encoding="utf-8")
+    made = plan("--config", str(file), middleware=True, environment={})
+    assert flags_of(made) == ("--config", str(file))
+
+
+def test_the_rust_frontend_gets_no_middleware_and_the_user_is_told() -> None:
+    made = plan(middleware=True, environment={"VLLM_USE_RUST_FRONTEND": "1"})
+    assert flags_of(made) == ()
+    assert any("Rust frontend" in note for note in made.notes)
+    kept = plan(middleware=True, environment={"VLLM_USE_RUST_FRONTEND": "0"})
+    assert flags_of(kept) == ("--middleware", MIDDLEWARE)
 
 
 def test_flags_in_vllms_config_file_count_as_given(tmp_path: Path) -> None:
