@@ -1,6 +1,6 @@
 # One word each; `make help` lists them. All of them set up what they need first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench protos lock clean
+.PHONY: help setup demo test lint format bench docs protos lock clean
 
 BIN := .venv/bin
 
@@ -29,6 +29,10 @@ format: setup ## let ruff rewrite the code
 bench: setup ## what a decision costs the scheduler
 	$(BIN)/python bench/decision_cost.py
 
+docs: setup ## renew the reference pages and build the documentation into site/
+	$(BIN)/python scripts/reference_pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 protos: setup ## check proto/ and generate kvtier/v1 from it
 	scripts/protos.sh
 
@@ -36,4 +40,4 @@ lock: setup ## resolve the environment anew (requirements/cpu.txt)
 	scripts/lock.sh
 
 clean: ## remove .venv and caches of the tree; the model stays in the user's cache
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

@@ -94,3 +94,39 @@ def test_a_mix_of_shared_blocks_and_ours_alone_is_given_back_exactly(rig: Rig) -
     rig.pool.release(ids)
     assert rig.vllm.references == {only_last.block_id: 1}
     assert rig.pool.n_free == 7
+
+
+HASHES = [b"hash %d" % i for i in range(8)]
+
+
+def test_new_blocks_come_with_a_reference_or_not_at_all(rig: Rig) -> None:
+    first = rig.pool.allocate(5)
+    assert first is not None
+    assert rig.vllm.references == dict.fromkeys(first.tolist(), 1)
+    assert rig.pool.allocate(4) is None
+    assert rig.pool.n_free == 3
+    rig.pool.release(first)
+    assert rig.pool.n_free == 8
+
+
+def test_loaded_blocks_are_hit_from_then_on(rig: Rig) -> None:
+    ids = rig.pool.allocate(3)
+    assert ids is not None
+    assert rig.pool.cached_prefix(HASHES).tolist() == []
+    assert rig.pool.cache(ids, HASHES[:3], 0).tolist() == ids.tolist()
+    assert rig.pool.cached_prefix(HASHES).tolist() == ids.tolist()
+    assert rig.pool.cached_prefix(HASHES[1:]).tolist() == ids[1:].tolist()
+
+
+def test_what_is_cached_already_stays(rig: Rig) -> None:
+    theirs = rig.pool.allocate(2)
+    ours = rig.pool.allocate(5)
+    assert theirs is not None
+    assert ours is not None
+    rig.vllm.cache(theirs[0], HASHES[1])
+    rig.vllm.cache(theirs[1], HASHES[4])
+    hit = [ours[0], theirs[0], ours[2], ours[3], theirs[1]]
+    assert rig.pool.cache(ours, HASHES[:5], 0).tolist() == hit
+    assert rig.pool.cached_prefix(HASHES).tolist() == hit
+    hashed = [rig.vllm.blocks[block].block_hash for block in ours]
+    assert hashed == [HASHES[0], None, HASHES[2], HASHES[3], None]

@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kvtier.block_ids import as_block_ids
 from kvtier.gpu_pin import PinTable, ReleaseCause
 
 if TYPE_CHECKING:
@@ -230,6 +231,18 @@ class PinMachine(RuleBasedStateMachine):
         self.pool.release(self.pool.own.pop(key))
 
     @precondition(lambda self: self.pinned)
+    @rule(data=st.data(), blocks=blocks)
+    def extend(self, data: st.DataObject, blocks: list[int]) -> None:
+        """A prefetch has loaded more of what a pin keeps."""
+        pin = self.pinned[data.draw(st.sampled_from(sorted(self.pinned)))]
+        before = pin.block_ids.tolist()
+        more = [block for block in blocks if block not in before]
+        kept = {b for pin in self.pinned.values() for b in pin.block_ids}
+        fits = len(kept | set(more)) <= BUDGET
+        assert self.pins.extend(pin.key, as_block_ids(more)) is fits
+        assert pin.block_ids.tolist() == (before + more if fits else before)
+
+    @precondition(lambda self: self.pinned)
     @rule(data=st.data())
     def unpin(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(sorted(self.pinned)))
@@ -285,6 +298,15 @@ class PinMachine(RuleBasedStateMachine):
         self.pins.hold(f"h{self.next_key}", blocks)
         self.held[f"h{self.next_key}"] = tuple(blocks)
 
+    @rule(blocks=blocks, owned=st.booleans())
+    def hold_what_is_written(self, blocks: list[int], owned: bool) -> None:
+        self.next_key += 1
+        key = f"w{self.next_key}"
+        if owned:
+            self.pool.acquire(blocks)
+        self.pins.hold(key, blocks, written=True, owned=owned)
+        self.held[key] = tuple(blocks)
+
     @precondition(lambda self: self.pinned)
     @rule(data=st.data(), n_blocks=st.integers(0, 6))
     def hold_what_is_pinned(self, data: st.DataObject, n_blocks: int) -> None:
@@ -322,8 +344,10 @@ class PinMachine(RuleBasedStateMachine):
     def release_all(self) -> None:
         assert {r.pin.key for r in self.pins.release_all(ReleaseCause.RESET)} == set(self.pinned)
         self.pinned.clear()
-        self.held.clear()
-        assert +self.pool.counts == +self.foreign
+        self.shared.clear()
+        self.held = {key: ids for key, ids in self.held.items() if key.startswith("w")}
+        written = Counter(block for ids in self.held.values() for block in ids)
+        assert +self.pool.counts == +(self.foreign + written)
 
     @invariant()
     def references_are_exact(self) -> None:
@@ -360,6 +384,8 @@ class PinMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.pins.release_all(ReleaseCause.SHUTDOWN)
+        for key in self.held:
+            self.pins.unhold(key)
         assert +self.pool.counts == +self.foreign
 
 

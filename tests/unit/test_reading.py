@@ -195,6 +195,28 @@ def test_a_load_ends_although_the_tier_went_away(rig: Rig, *, restarted: bool) -
     assert rig.locked == 0
 
 
+def test_locks_that_were_handed_over_are_given_back_once(rig: Rig) -> None:
+    rig.ask("p")
+    found = rig.reader.take("p", 1, 4)
+    assert rig.locked == 3
+    assert found.slots[0] == rig.slots
+    assert found.generation == rig.tier.region.generation
+    rig.reader.release("p")
+    assert rig.locked == 3, "it is no lookup any more"
+    rig.reader.unlock(found)
+    assert rig.locked == 0
+
+
+def test_locks_that_a_lost_tier_has_taken_back(rig: Rig) -> None:
+    rig.ask("p")
+    found = rig.reader.take("p", 0, 5)
+    rig.tier.lose()
+    rig.reader.unlock(found)
+    rig.tier.come_back(restarted=True)
+    rig.reader.unlock(found)
+    assert rig.locked == 0
+
+
 def test_two_requests_share_chunks(rig: Rig) -> None:
     rig.ask("a")
     rig.ask("b")

@@ -289,3 +289,16 @@ def test_a_reset_of_the_prefix_cache_is_not_refused_for_pins(rig: Rig) -> None:
         manager, lambda _, retry, __: retry(), lambda: rig.pins.release_all(ReleaseCause.RESET)
     )
     assert manager.reset_prefix_cache()
+
+
+def test_what_is_written_to_is_held_again_behind_a_reset(rig: Rig) -> None:
+    manager = FakeManager(rig.pool)
+    rig.pins.hold("copy", [1, 2], written=True)
+    wrap_allocation(
+        manager,
+        lambda _, retry, __: retry(),
+        lambda: rig.pins.unhold("copy"),
+        lambda: rig.pins.hold("copy", [1, 2], written=True),
+    )
+    assert manager.reset_prefix_cache()
+    assert rig.pool.references == {1: 1, 2: 1}

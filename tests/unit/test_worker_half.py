@@ -138,6 +138,31 @@ def test_leading_blocks_of_a_load_are_not_written(
     assert same(blocks_of(caches, [9, 10, 11]), blocks_of(caches, [1, 2, 3]))
 
 
+@pytest.mark.parametrize("generation", ["one", "zero"])
+def test_a_prefetch_ends_without_a_word_to_vllm(
+    worker: WorkerHalf, region: Region, caches: dict[str, torch.Tensor], generation: str
+) -> None:
+    slots = [[0, SLOT_BYTES]]
+    run(worker, region, order(1, "store", [0, 1, 2, 3], slots))
+    null_block = blocks_of(caches, [0])
+    prefetch = order(
+        2,
+        "load",
+        [0, 9, 10, 11],
+        slots,
+        skip_blocks=1,
+        request_id="",
+        generation=generation,
+    )
+    result = run(worker, region, prefetch)[2]
+    assert result.ok is (generation == "one")
+    assert worker.take_loaded() == set(), "there is no such request"
+    assert worker.take_bad_blocks() == set()
+    assert same(blocks_of(caches, [0]), null_block)
+    loaded = same(blocks_of(caches, [9, 10, 11]), blocks_of(caches, [1, 2, 3]))
+    assert loaded is (generation == "one")
+
+
 def test_chunks_that_are_there_already_are_not_stored(
     worker: WorkerHalf, region: Region, caches: dict[str, torch.Tensor], segment: Path
 ) -> None:
