@@ -1,7 +1,8 @@
 """Measured speeds of this machine: the link by run size, and prefill samples.
 
 A `Profile` is one JSON file per machine, model and KV layout. The estimators start from it and
-correct it online; formulas serve only until the first one exists.
+correct it online; formulas serve only until the first one exists. `kvtier calibrate` writes one for a
+model, or one for the machine alone, from which every model's starts.
 """
 
 from __future__ import annotations
@@ -13,54 +14,56 @@ import json
 import logging
 import os
 import platform
-import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, cast, get_args
 
-import numpy as np
 import psutil
 import torch
 
-from kvtier.copies.kv_layout import KVLayout
-from kvtier.copy_engine import CopyEngine, CopyOrder, CpuCopyEngine, Direction
+from kvtier.copies.plan import Direction
+from kvtier.copies.switch import Mover, Switch
+from kvtier.measuring.link import (
+    CalibrationError,
+    LinkMeasurement,
+    MoverMeasurement,
+    fastest,
+    measure_link,
+    measure_movers,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from numpy.typing import NDArray
+    from kvtier.copies.kv_layout import KVLayout
 
-    from kvtier.costs.estimators import LinkModel
+__all__ = [
+    "CalibrationError",
+    "LinkMeasurement",
+    "MoverMeasurement",
+    "PrefillSample",
+    "Profile",
+    "fastest",
+    "fresh_profile",
+    "load_profile",
+    "machine_profile_path",
+    "measure_link",
+    "measure_movers",
+    "measure_profile",
+    "new_profile",
+    "profile_of",
+    "profile_path",
+    "save_profile",
+]
 
 logger = logging.getLogger(__name__)
 
-PROFILE_VERSION = 1
-RUN_SIZES_BYTES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
-SCRATCH_BYTES = 32 << 20
-"""Per side: beyond the caches of a core, so that memory is measured."""
-_ORDER_TIMEOUT_S = 10.0
-_MAX_ROUNDS = 32
-_MIN_ROUNDS = 3
-
-
-class CalibrationError(RuntimeError):
-    """A measurement copy failed; the message is the copy engine's."""
-
-
-@dataclass(frozen=True)
-class LinkMeasurement:
-    """One direction: ``latency_s`` of an order, and ``(run bytes, bytes/s)`` by run size."""
-
-    latency_s: float
-    points: tuple[tuple[int, float], ...]
-
-    def model(self) -> LinkModel:
-        """Return the estimators' model of this link."""
-        from kvtier.costs.estimators import LinkModel  # noqa: PLC0415 - only where a model is wanted
-
-        return LinkModel(latency_s=self.latency_s, points=self.points)
+PROFILE_VERSION: Final = 1
+COPY_REVISION: Final = 2
+"""Of the copy engine: what an older one measured says nothing of this one."""
+MAX_AGE: Final = dt.timedelta(days=30)
+_DRIVER_FILE: Final = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -89,116 +92,32 @@ class Profile:
     load: LinkMeasurement
     prefill: tuple[PrefillSample, ...] = ()
     version: int = PROFILE_VERSION
+    driver: str = ""
+    """Version of the GPU's driver, empty on CPU."""
+    copy_revision: int = 1
+    """`COPY_REVISION` of who measured."""
+    movers: tuple[MoverMeasurement, ...] = ()
+    """The links by DMA and by kernel; empty on CPU."""
+    ceilings: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Bytes/s of large copies: ``d2h``, ``h2d`` and ``both``. Empty if not measured."""
 
+    def switch(self) -> Switch:
+        """What chooses between DMA and kernel."""
+        return Switch({(m.direction, m.mover): m.link.model() for m in self.movers})
 
-def _cpu_engine(layout: KVLayout, region: NDArray[np.uint8]) -> CopyEngine:
-    return CpuCopyEngine(layout, region)
-
-
-def _cuda_engine(layout: KVLayout, region: NDArray[np.uint8]) -> CopyEngine:
-    from kvtier.copies.cuda import CudaCopyEngine  # noqa: PLC0415 - only where CUDA is
-
-    # Pinned memory of torch stands in for the registered region.
-    tensor = torch.from_numpy(region).pin_memory()
-    return CudaCopyEngine(layout, tensor)
-
-
-def measure_link(
-    device: torch.device | str = "cpu",
-    *,
-    run_sizes_bytes: Sequence[int] = RUN_SIZES_BYTES,
-    scratch_bytes: int = SCRATCH_BYTES,
-    budget_s: float = 0.6,
-    engine_factory: Callable[[KVLayout, NDArray[np.uint8]], CopyEngine] | None = None,
-) -> dict[Direction, LinkMeasurement]:
-    """Copy scratch memory through the copy engine, both ways, with runs of several sizes.
-
-    Live KV is not touched: the blocks are scratch memory on ``device`` of one run each, in random
-    order. The rate is the median over rounds of ``bytes / seconds`` as the engine reports it; the
-    latency is the median time from submission to completion of an order of one smallest run, less
-    the time its bytes took.
-
-    Args:
-        device: where the KV cache lies, ``"cpu"`` or a CUDA device.
-        run_sizes_bytes: block sizes, in bytes; those above ``scratch_bytes`` are left out.
-        scratch_bytes: memory used on each side, at least one block.
-        budget_s: for all sizes and directions together, start-up and first touch excluded.
-            Every size is measured at least three times each way, whatever it takes.
-        engine_factory: builds the engine over a layout and slots; default by device.
-
-    Raises:
-        CalibrationError: an order failed or did not end.
-    """
-    device = torch.device(device)
-    sizes = sorted({size for size in run_sizes_bytes if size <= scratch_bytes})
-    if not sizes or sizes[0] <= 0:
-        msg = f"no run size in {tuple(run_sizes_bytes)} fits {scratch_bytes} bytes"
-        raise CalibrationError(msg)
-    if engine_factory is None:
-        engine_factory = _cpu_engine if device.type == "cpu" else _cuda_engine
-    kv = torch.zeros(scratch_bytes, dtype=torch.uint8, device=device)
-    region = np.ones(scratch_bytes, dtype=np.uint8)
-    share_s = budget_s / (2 * len(sizes))
-    points: dict[Direction, list[tuple[int, float]]] = {"store": [], "load": []}
-    latency_s: dict[Direction, float] = {}
-    directions: tuple[Direction, ...] = ("store", "load")
-    for size in sizes:
-        n_blocks = scratch_bytes // size
-        layout = KVLayout.from_kv_caches({"scratch": kv[: n_blocks * size].view(n_blocks, size)})
-        engine = engine_factory(layout, region)
+    def is_fresh(self, device: torch.device, now: dt.datetime | None = None) -> bool:
+        """Whether it still holds: same GPU, driver and copy engine, and not older than `MAX_AGE`."""
         try:
-            for direction in directions:
-                if size == sizes[0]:
-                    latency_s[direction] = _latency_s(engine, direction, size)
-                rate = _rate(engine, direction, n_blocks, size, share_s)
-                points[direction].append((size, rate))
-        finally:
-            engine.close()
-    return {d: LinkMeasurement(latency_s[d], tuple(points[d])) for d in directions}
-
-
-def _timed(
-    engine: CopyEngine, direction: Direction, ids: NDArray[np.int64], size: int
-) -> tuple[float, float]:
-    """Copy blocks of ``size`` bytes; seconds of copying, seconds from submission to the end."""
-    started_s = time.perf_counter()
-    order = CopyOrder(
-        order_id="calibration",
-        direction=direction,
-        request_id="calibration",
-        block_ids=ids,
-        slots=(np.arange(len(ids)) * size).tolist(),
-        chunk_blocks=1,
-    )
-    engine.submit(order, time.monotonic())
-    drained = engine.drain(_ORDER_TIMEOUT_S)
-    elapsed_s = time.perf_counter() - started_s
-    results = engine.poll()
-    if not drained or len(results) != 1 or not results[0].ok:
-        msg = f"calibration copy failed: {results[0].error if results else 'no result'}"
-        raise CalibrationError(msg)
-    return results[0].seconds, elapsed_s
-
-
-def _latency_s(engine: CopyEngine, direction: Direction, size: int) -> float:
-    times = [_timed(engine, direction, np.zeros(1, np.int64), size) for _ in range(_MAX_ROUNDS)]
-    return statistics.median(max(elapsed - seconds, 0.0) for seconds, elapsed in times)
-
-
-def _rate(
-    engine: CopyEngine, direction: Direction, n_blocks: int, size: int, share_s: float
-) -> float:
-    """Bytes/s over all blocks in random order; the first round only touches the memory."""
-    ids = np.random.default_rng(0).permutation(n_blocks).astype(np.int64)
-    _timed(engine, direction, ids, size)
-    deadline_s = time.perf_counter() + share_s
-    rates: list[float] = []
-    while len(rates) < _MIN_ROUNDS or (
-        len(rates) < _MAX_ROUNDS and time.perf_counter() < deadline_s
-    ):
-        seconds, _ = _timed(engine, direction, ids, size)
-        rates.append(n_blocks * size / max(seconds, 1e-9))
-    return statistics.median(rates)
+            measured_at = dt.datetime.fromisoformat(self.measured_at)
+            age = (now or dt.datetime.now(dt.UTC)) - measured_at
+        except (ValueError, TypeError):
+            return False
+        return (
+            age <= MAX_AGE
+            and self.copy_revision == COPY_REVISION
+            and self.gpu == gpu_name(device)
+            and self.driver == driver_version(device)
+        )
 
 
 def machine_id() -> str:
@@ -233,30 +152,91 @@ def gpu_name(device: torch.device | str) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
+def driver_version(device: torch.device | str) -> str:
+    """Version of NVIDIA's kernel module, empty for the CPU and where it cannot be read."""
+    if torch.device(device).type != "cuda" or not _DRIVER_FILE.is_file():
+        return ""
+    words = _DRIVER_FILE.read_text(encoding="utf-8", errors="replace").split()
+    return next((word for word in words if word[0].isdigit() and "." in word), "")
+
+
 def new_profile(
     model: str,
     layout: KVLayout,
-    links: dict[Direction, LinkMeasurement],
+    links: Mapping[Direction, LinkMeasurement],
     prefill: Sequence[PrefillSample] = (),
+    movers: Sequence[MoverMeasurement] = (),
 ) -> Profile:
     """Join measurements with the identity of this machine and the present time."""
+    return profile_of(model, layout.fingerprint, layout.device, links, prefill, movers)
+
+
+def profile_of(
+    model: str,
+    layout_fingerprint: str,
+    device: torch.device,
+    links: Mapping[Direction, LinkMeasurement],
+    prefill: Sequence[PrefillSample] = (),
+    movers: Sequence[MoverMeasurement] = (),
+    ceilings: Mapping[str, float] | None = None,
+) -> Profile:
+    """As `new_profile`; ``model`` and ``layout_fingerprint`` are empty for the machine's own."""
     return Profile(
         machine_id=machine_id(),
         cpu=cpu_name(),
-        gpu=gpu_name(layout.device),
+        gpu=gpu_name(device),
+        driver=driver_version(device),
+        copy_revision=COPY_REVISION,
         model=model,
-        layout_fingerprint=layout.fingerprint,
+        layout_fingerprint=layout_fingerprint,
         measured_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         store=links["store"],
         load=links["load"],
         prefill=tuple(prefill),
+        movers=tuple(movers),
+        ceilings=dict(ceilings or {}),
     )
+
+
+def measure_profile(model: str, layout: KVLayout, prefill: Sequence[PrefillSample] = ()) -> Profile:
+    """Measure the link of the layout's device, by each mover where there are several.
+
+    Raises:
+        CalibrationError: see `measure_link`.
+    """
+    movers = measure_movers(layout.device)
+    links = fastest(movers) if movers else measure_link(layout.device)
+    return new_profile(model, layout, links, prefill, movers)
 
 
 def profile_path(directory: Path, model: str, layout_fingerprint: str) -> Path:
     """File of this machine's profile for a model and layout."""
     key = hashlib.sha256(f"{model}\n{layout_fingerprint}".encode()).hexdigest()[:12]
     return directory / f"{machine_id()}-{key}.json"
+
+
+def machine_profile_path(directory: Path) -> Path:
+    """File of the profile of this machine's link, which is of no model."""
+    return directory / f"{machine_id()}-link.json"
+
+
+def fresh_profile(directory: Path, model: str, layout: KVLayout) -> Profile | None:
+    """The stored profile if it still holds, else one from the machine's own; None if none holds.
+
+    What is known of prefill is kept in either case.
+    """
+    stored = load_profile(profile_path(directory, model, layout.fingerprint))
+    if stored is not None and stored.is_fresh(layout.device):
+        return stored
+    machine = load_profile(machine_profile_path(directory))
+    if machine is None or not machine.is_fresh(layout.device):
+        return None
+    return dataclasses.replace(
+        machine,
+        model=model,
+        layout_fingerprint=layout.fingerprint,
+        prefill=() if stored is None else stored.prefill,
+    )
 
 
 def save_profile(path: Path, profile: Profile) -> None:
@@ -312,6 +292,14 @@ def _parse(data: dict[str, object]) -> Profile:
             PrefillSample(int(s["cached_tokens"]), int(s["new_tokens"]), float(s["seconds"]))
             for s in samples
         ),
+        # Older files lack these.
+        driver=_text({"driver": ""} | data, "driver"),
+        copy_revision=int(cast("int", data.get("copy_revision", 1))),
+        movers=tuple(_parse_mover(mover) for mover in cast("list[object]", data.get("movers", []))),
+        ceilings={
+            str(way): float(rate)
+            for way, rate in dict(cast("dict[str, float]", data.get("ceilings", {}))).items()
+        },
     )
     if any(s.cached_tokens < 0 or s.new_tokens <= 0 or s.seconds <= 0 for s in profile.prefill):
         msg = "a prefill sample is out of range"
@@ -335,3 +323,14 @@ def _parse_link(data: object) -> LinkMeasurement:
     link = LinkMeasurement(float(data["latency_s"]), points)
     link.model()  # checks the values
     return link
+
+
+def _parse_mover(data: object) -> MoverMeasurement:
+    if not isinstance(data, dict):
+        msg = "a mover is not an object"
+        raise TypeError(msg)
+    direction, mover = data["direction"], data["mover"]
+    if direction not in get_args(Direction) or mover not in get_args(Mover):
+        msg = f"unknown mover {direction} {mover}"
+        raise ValueError(msg)
+    return MoverMeasurement(direction, mover, _parse_link(data["link"]))

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from kvtier import __version__
 from kvtier.config import ConfigError, Settings, accepted
+from kvtier.operator import add_commands
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,10 +30,10 @@ app = typer.Typer(
     name="kvtier",
     help="Keeps the KV cache of agents at hand while their tools run.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+add_commands(app)
 
 
 @app.callback()
@@ -55,6 +56,13 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    no_middleware: Annotated[
+        bool,
+        typer.Option(
+            "--no-middleware",
+            help="Neither recognise agents by their own headers nor wake an idle engine for commands.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command and run nothing.")
     ] = False,
@@ -63,10 +71,15 @@ def serve(
     """Serve MODEL with vLLM and kvtier; all other flags go to vllm serve.
 
     Starts the host's LMCache server, or joins the one that runs. What your flags leave open is
-    filled in: the connector, the scheduler, the tool parser, and on CPU the block size.
+    filled in: the connector, the scheduler, the tool parser, the middleware, and on CPU the block size.
     """
     _serve(
-        model, context.args, program_scheduler=program_scheduler, dry_run=dry_run, as_json=as_json
+        model,
+        context.args,
+        program_scheduler=program_scheduler,
+        middleware=not no_middleware,
+        dry_run=dry_run,
+        as_json=as_json,
     )
 
 
@@ -100,6 +113,7 @@ def _serve(
     dry_run: bool,
     as_json: bool = False,
     program_scheduler: bool | None = None,
+    middleware: bool = True,
     record_file: str | None = None,
 ) -> None:
     """Plan and run `vllm serve`."""
@@ -128,6 +142,7 @@ def _serve(
             chat_template=template,
             configured_parser=configured.tool_call_parser,
             program_scheduler=program_scheduler,
+            middleware=middleware,
             record_file=record_file,
         )
         # Whatever is wrong with a setting must show here, not minutes later in the engine.
@@ -242,6 +257,45 @@ def replay(context: typer.Context) -> None:
     own = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     own.command()(command)
     own(args=context.args, prog_name="kvtier replay", standalone_mode=True)
+
+
+@app.command(
+    name="calibrate",
+    context_settings={**_PASS_THROUGH, "help_option_names": []},
+    help="Measure this machine's link and a model's prefill times, which engines start from.",
+)
+def calibrate(context: typer.Context) -> None:
+    """Hand over to the calibration's own command."""
+    from kvtier.measuring.command import calibrate as command  # noqa: PLC0415
+
+    own = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    own.command(context_settings=_PASS_THROUGH)(command)
+    own(args=context.args, prog_name="kvtier calibrate", standalone_mode=True)
+
+
+bench = typer.Typer(
+    name="bench", help="Benchmarks of kvtier's parts.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(bench)
+
+
+@bench.callback()
+def start_bench() -> None:
+    """Benchmarks of kvtier's parts."""
+
+
+@bench.command(
+    name="link",
+    context_settings={**_PASS_THROUGH, "help_option_names": []},
+    help="GB/s of copies between the KV cache and host memory: kvtier's, the link's limit, others'.",
+)
+def bench_link(context: typer.Context) -> None:
+    """Hand over to the benchmark's own command."""
+    from kvtier.linkbench.command import link as command  # noqa: PLC0415
+
+    own = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    own.command()(command)
+    own(args=context.args, prog_name="kvtier bench link", standalone_mode=True)
 
 
 def settings_reference() -> str:

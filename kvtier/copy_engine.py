@@ -113,7 +113,9 @@ class CopyJob:
     cancelled: bool = False
     state: NDArray[np.int64] = field(default_factory=lambda: np.zeros(STATE_FIELDS, np.int64))
 
-    def result(self, *, seconds: float, n_bytes: int, error: str = "") -> CopyResult:
+    def result(
+        self, *, seconds: float, n_bytes: int, error: str = "", issue_s: float = 0.0
+    ) -> CopyResult:
         """Close the job; it is ok if ``error`` is empty."""
         started_s = self.submitted_s if self.started_s is None else self.started_s
         return CopyResult(
@@ -126,6 +128,7 @@ class CopyJob:
             run_bytes=self.plan.run_bytes,
             ok=not error,
             error=error,
+            issue_s=issue_s,
         )
 
 

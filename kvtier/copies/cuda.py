@@ -1,108 +1,60 @@
-"""`CopyEngine` for CUDA: copies in stream order, without a thread.
+"""`CopyEngine` for CUDA: a low-priority stream and an issuing thread for each direction.
 
-Written against torch's documented stream and event API and tested on CPU with stand-ins for both;
-**it has not run on a GPU yet**. Each plane costs two kernel launches per batch of chunks; an
-engine that issues one batched driver call per order can replace it behind the same interface.
+Written against the documented driver and stream API and tested on a CPU with stand-ins for both;
+**it has not run on a GPU yet**.
+
+A thread takes an order, turns it into arrays of addresses, and puts them on its stream in one call
+that holds no interpreter lock (`copies.issue`): vLLM's thread neither waits for the driver, which
+takes about half a microsecond a run, nor for a full queue.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import threading
 import time
-from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 
-from kvtier.copies.plan import CopyOrder, CopyOrderError, CopyResult, Direction, plan_order
+from kvtier.copies import issue
+from kvtier.copies.driver import Driver, load_driver
+from kvtier.copies.expand import expand_runs, load_expand
+from kvtier.copies.gpu_kernel import BLOCK_THREADS, PART_BYTES, GpuKernel, load_kernel
+from kvtier.copies.kernel import NO_DEADLINE_NS
+from kvtier.copies.lane import Issued, Lane
+from kvtier.copies.plan import (
+    PIN_PIECE_BYTES,
+    CopyOrder,
+    CopyOrderError,
+    CopyResult,
+    Direction,
+    RunPlan,
+    plan_order,
+)
+from kvtier.copies.switch import Switch
 from kvtier.copy_engine import BACKLOG_FULL, CANCELLED, CLOSED, LEASE_ENDED, CopyJob, rejected
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
 
     from kvtier.copies.kv_layout import KVLayout
 
-_WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
-_DRAIN_POLL_S = 0.0005
-_DRAIN_SPIN_S = 0.005
-
-
-def word_views(layout: KVLayout) -> list[torch.Tensor]:
-    """Return the planes ``[num_blocks, words]`` in the widest integer that all are aligned to.
-
-    Indexing kernels work per element: 8 bytes at a time instead of one.
-    """
-    for dtype in _WORDS:
-        aligned = all(
-            value % dtype.itemsize == 0
-            for plane in layout.planes
-            for value in (plane.base_address, plane.block_stride_bytes, plane.block_bytes)
-        )
-        if aligned:
-            return [view.view(dtype) for view in layout.views]
-    raise AssertionError  # uint8 is always aligned
-
-
-def gather_chunks(
-    planes: list[torch.Tensor], block_ids: torch.Tensor, chunk_blocks: int, staging: torch.Tensor
-) -> None:
-    """Copy blocks into slots lying side by side.
-
-    Args:
-        planes: see `word_views`.
-        block_ids: int64 [n_chunks * chunk_blocks], on the planes' device.
-        chunk_blocks: blocks per chunk.
-        staging: [n_chunks, slot words], of the planes' dtype and device.
-    """
-    offset = 0
-    for plane in planes:
-        words = chunk_blocks * plane.shape[1]
-        rows = torch.index_select(plane, 0, block_ids)
-        staging[:, offset : offset + words].copy_(rows.view(len(staging), words))
-        offset += words
-
-
-def scatter_chunks(
-    planes: list[torch.Tensor],
-    block_ids: torch.Tensor,
-    positions: torch.Tensor,
-    chunk_blocks: int,
-    staging: torch.Tensor,
-) -> None:
-    """Copy chosen blocks of slots lying side by side into the KV cache.
-
-    Args:
-        planes: see `word_views`.
-        block_ids: int64 [n], the targets.
-        positions: int64 [n]; block ``positions[i]``, counted over all slots, goes to
-            ``block_ids[i]``.
-        chunk_blocks: blocks per chunk.
-        staging: [n_chunks, slot words].
-    """
-    offset = 0
-    for plane in planes:
-        words = chunk_blocks * plane.shape[1]
-        rows = staging[:, offset : offset + words].reshape(-1, plane.shape[1])
-        plane.index_copy_(0, block_ids, torch.index_select(rows, 0, positions))
-        offset += words
-
-
-@dataclass(eq=False)
-class _Issued:
-    """A job on its stream; the tensors live until the stream is past them."""
-
-    job: CopyJob
-    start: torch.cuda.Event
-    end: torch.cuda.Event
-    keep_alive: list[torch.Tensor]
+_DRAIN_POLL_S: Final = 0.0005
+_DRAIN_SPIN_S: Final = 0.005
+_BATCH_RUNS: Final = 4096
+"""Runs of a batch: about 2 ms of the driver's time, after which a copy can be stopped."""
 
 
 class CudaCopyEngine:
-    """`kvtier.copy_engine.CopyEngine` on two low-priority CUDA streams.
+    """`kvtier.copy_engine.CopyEngine` on two CUDA streams.
 
-    Orders are issued by `submit` and `poll` as long as fewer than ``max_issued_bytes`` are on
-    their stream; `cancel` reaches only those not issued yet.
+    Loads and stores run beside each other, as a GPU has copy engines for both. Stores are paced while
+    the compute stream is busy. `cancel` reaches everything that is not on its stream yet.
     """
 
     def __init__(
@@ -111,214 +63,302 @@ class CudaCopyEngine:
         region: torch.Tensor,
         *,
         clock: Callable[[], float] = time.monotonic,
-        staging_bytes: int = 64 << 20,
-        max_issued_bytes: int = 1 << 30,
+        switch: Switch | None = None,
+        driver: Driver | None = None,
+        kernel: GpuKernel | None = None,
+        loop: issue.IssueLoop | None = None,
+        batch_bytes: int = 32 << 20,
+        max_batches: int = 8,
+        busy_share: float = 0.5,
         max_store_backlog_bytes: int | None = None,
     ) -> None:
-        """Create streams.
+        """Create streams and threads.
 
         Args:
             layout: planes on a CUDA device.
-            region: the slots, uint8 [region bytes] in host memory; asynchronous only if pinned.
+            region: the slots, uint8 [region bytes] in host memory; asynchronous only if page-locked.
             clock: seconds; deadlines of orders are on this clock.
-            staging_bytes: device memory per direction, rounded to whole slots (at least one).
-            max_issued_bytes: per direction; one order may exceed it.
+            switch: chooses between DMA and kernel. Default: DMA.
+            driver: default: the machine's.
+            kernel: default: compiled for the device when the switch first chooses it.
+            loop: issues batches; default: compiled.
+            batch_bytes: a copy is stopped between batches of so many bytes (32 MiB: 0.6 ms at 55 GB/s).
+            max_batches: batches in flight in each direction.
+            busy_share: part of the link's measured rate that stores take while the GPU computes. At
+                its full rate a PCIe 5 link takes 1.6 % of an H100's memory bandwidth.
             max_store_backlog_bytes: stores beyond it fail at once. Default: the region's size.
+
+        Raises:
+            DriverError: the CUDA driver lacks what copies need.
         """
         self._layout = layout
-        self._planes = word_views(layout)
         self._region = region
+        self._address = region.data_ptr()
+        self._pinned = region.is_pinned()
         self._clock = clock
-        self._staging_bytes = staging_bytes
-        self._max_issued_bytes = max_issued_bytes
+        self._switch = switch or Switch()
+        self._driver = load_driver() if driver is None else driver
+        self._kernel = kernel
+        self._kernel_sought = kernel is not None
+        self._kernel_lock = threading.Lock()
+        self._loop = issue.load_loop(self._driver) if loop is None else loop
+        load_expand()
+        self._batch_bytes = batch_bytes
+        self._busy_share = busy_share
         self._max_store_backlog_bytes = (
             region.numel() if max_store_backlog_bytes is None else max_store_backlog_bytes
         )
-        # The least urgent priority; kernels of the model's streams are scheduled first.
-        least, _ = torch.cuda.Stream.priority_range()
-        self._streams: dict[Direction, torch.cuda.Stream] = {
-            "load": torch.cuda.Stream(layout.device, priority=least),
-            "store": torch.cuda.Stream(layout.device, priority=least),
-        }
-        self._staging: dict[Direction, torch.Tensor] = {}
-        self._queues: dict[Direction, deque[tuple[CopyJob, torch.cuda.Event]]] = {
-            "load": deque(),
-            "store": deque(),
-        }
-        self._issued: dict[Direction, deque[_Issued]] = {"load": deque(), "store": deque()}
+        self._no_launch = np.zeros(issue.LAUNCH_FIELDS, np.int64)
+        # After the model's work of each step: not there yet means that the GPU computes.
+        self._computing = torch.cuda.Event()
+        self._computing.record(torch.cuda.current_stream(layout.device))
         self._results: list[CopyResult] = []
-        self._closed = False
+        self._closing = False
+        self._changed = threading.Condition()
+        directions: tuple[Direction, ...] = ("load", "store")
+        self._lanes = {d: Lane.create(d, layout.device, max_batches) for d in directions}
+        self._threads = [
+            threading.Thread(target=self._run, args=(lane,), name="kvtier-copy", daemon=True)
+            for lane in self._lanes.values()
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # -- the caller's side ---------------------------------------------------------------------
 
     def submit(self, order: CopyOrder, now_s: float) -> None:
         """See `CopyEngine.submit`. The copy waits for what is on the current stream by now."""
-        if self._closed:
-            raise RuntimeError(CLOSED)
         try:
             plan = plan_order(self._layout, order, self._region.numel())
         except CopyOrderError as error:
-            self._results.append(rejected(order, str(error)))
-            return
-        backlog, limit = self.backlog_bytes("store"), self._max_store_backlog_bytes
-        if order.direction == "store" and backlog + plan.n_bytes > limit:
-            error_text = BACKLOG_FULL.format(backlog=backlog, limit=limit)
-            self._results.append(rejected(order, error_text))
+            with self._changed:
+                self._check_open()
+                self._results.append(rejected(order, str(error)))
             return
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self._layout.device))
-        self._queues[order.direction].append((CopyJob(order, plan, now_s), ready))
-        self._issue()
+        with self._changed:
+            self._check_open()
+            lane = self._lanes[order.direction]
+            backlog, limit = lane.backlog_bytes, self._max_store_backlog_bytes
+            if order.direction == "store" and backlog + plan.n_bytes > limit:
+                error_text = BACKLOG_FULL.format(backlog=backlog, limit=limit)
+                self._results.append(rejected(order, error_text))
+                return
+            lane.backlog_bytes += plan.n_bytes
+            lane.queue.append((CopyJob(order, plan, now_s), ready))
+            self._changed.notify_all()
 
     def poll(self) -> list[CopyResult]:
         """See `CopyEngine.poll`."""
-        for issued in self._issued.values():
-            while issued and issued[0].end.query():
-                self._complete(issued.popleft())
-        self._issue()
-        results, self._results = self._results, []
+        self._computing.record(torch.cuda.current_stream(self._layout.device))
+        with self._changed:
+            for lane in self._lanes.values():
+                while lane.issued and lane.issued[0].end.query():
+                    self._complete(lane, lane.issued.popleft())
+            results, self._results = self._results, []
         return results
 
     def backlog_bytes(self, direction: Direction) -> int:
         """See `CopyEngine.backlog_bytes`."""
-        queued = sum(job.plan.n_bytes for job, _ in self._queues[direction])
-        return queued + self._issued_bytes(direction)
+        with self._changed:
+            return self._lanes[direction].backlog_bytes
 
     def drain(self, timeout_s: float) -> bool:
         """See `CopyEngine.drain`."""
         # CUDA events cannot be waited for with a time limit.
         started_s = time.monotonic()
         results: list[CopyResult] = []
-        while any(self._queues.values()) or any(self._issued.values()):
+        while True:
             results += self.poll()
+            with self._changed:
+                done = all(lane.is_idle for lane in self._lanes.values())
             waited_s = time.monotonic() - started_s
-            if waited_s > timeout_s:
+            if done or waited_s > timeout_s:
                 break
             # Short copies are worth a busy loop: the sleep is longer than they are.
             time.sleep(_DRAIN_POLL_S if waited_s > _DRAIN_SPIN_S else 0)
-        self._results = results + self._results
-        return not (any(self._queues.values()) or any(self._issued.values()))
+        with self._changed:
+            self._results = results + self._results
+        return done
 
     def cancel(self, order_id: int | str) -> bool:
         """See `CopyEngine.cancel`. What is on its stream already ends as usual."""
-        for queue in self._queues.values():
-            for item in queue:
-                if item[0].order.order_id == order_id:
-                    queue.remove(item)
-                    self._results.append(item[0].result(seconds=0.0, n_bytes=0, error=CANCELLED))
+        with self._changed:
+            for lane in self._lanes.values():
+                for item in lane.queue:
+                    if item[0].order.order_id == order_id:
+                        lane.queue.remove(item)
+                        self._fail(lane, item[0], CANCELLED)
+                        return True
+                if lane.active is not None and lane.active.order.order_id == order_id:
+                    lane.active.cancelled = True
+                    lane.control[issue.CONTROL_STOP] = 1
                     return True
-        return any(
-            issued.job.order.order_id == order_id
-            for queue in self._issued.values()
-            for issued in queue
-        )
+                if any(issued.job.order.order_id == order_id for issued in lane.issued):
+                    return True
+        return False
+
+    def has_kernel(self) -> bool:
+        """Whether copies can go by kernel. Compiles it, which takes seconds."""
+        return self._pinned and self._sought_kernel() is not None
 
     def close(self) -> None:
         """See `CopyEngine.close`."""
-        self._closed = True
-        for queue in self._queues.values():
-            while queue:
-                job, _ = queue.popleft()
-                self._results.append(job.result(seconds=0.0, n_bytes=0, error=CLOSED))
-        for direction, stream in self._streams.items():
-            stream.synchronize()
-            while self._issued[direction]:
-                self._complete(self._issued[direction].popleft())
-        self._staging.clear()
+        with self._changed:
+            self._closing = True
+            for lane in self._lanes.values():
+                lane.control[issue.CONTROL_STOP] = 1
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for lane in self._lanes.values():
+            lane.stream.synchronize()
+        with self._changed:
+            for lane in self._lanes.values():
+                while lane.issued:
+                    self._complete(lane, lane.issued.popleft())
+                while lane.queue:
+                    job, _ = lane.queue.popleft()
+                    self._fail(lane, job, CLOSED)
 
-    def _issued_bytes(self, direction: Direction) -> int:
-        return sum(issued.job.plan.n_bytes for issued in self._issued[direction])
+    def _check_open(self) -> None:
+        if self._closing:
+            raise RuntimeError(CLOSED)
 
-    def _issue(self) -> None:
-        directions: tuple[Direction, ...] = ("load", "store")
-        for direction in directions:
-            queue = self._queues[direction]
-            while queue and self._issued_bytes(direction) < self._max_issued_bytes:
-                job, ready = queue.popleft()
-                deadline_s = job.order.deadline_s
-                job.started_s = self._clock()
-                if deadline_s is not None and job.started_s > deadline_s:
-                    self._results.append(job.result(seconds=0.0, n_bytes=0, error=LEASE_ENDED))
-                    continue
-                try:
-                    self._issued[direction].append(self._copy(job, ready))
-                except RuntimeError as error:  # CUDA errors, also out of memory
-                    # What was issued before the failure must not run on after the result.
-                    self._streams[direction].synchronize()
-                    text = f"{type(error).__name__}: {error}"
-                    self._results.append(job.result(seconds=0.0, n_bytes=0, error=text))
-
-    def _complete(self, issued: _Issued) -> None:
-        job, deadline_s = issued.job, issued.job.order.deadline_s
+    def _complete(self, lane: Lane, issued: Issued) -> None:
+        """Report what its stream is past; the caller holds the condition."""
+        deadline_s = issued.job.order.deadline_s
         late = deadline_s is not None and self._clock() > deadline_s
         seconds = issued.start.elapsed_time(issued.end) / 1e3
-        error = LEASE_ENDED if late else ""
-        self._results.append(job.result(seconds=seconds, n_bytes=job.plan.n_bytes, error=error))
+        if issued.n_bytes >= self._batch_bytes and seconds > 0:
+            lane.best_bytes_per_s = max(lane.best_bytes_per_s, issued.n_bytes / seconds)
+        error = issued.error or (LEASE_ENDED if late else "")
+        lane.backlog_bytes -= issued.job.plan.n_bytes
+        result = issued.job.result(
+            seconds=seconds, n_bytes=issued.n_bytes, error=error, issue_s=issued.issue_s
+        )
+        self._results.append(result)
 
-    def _copy(self, job: CopyJob, ready: torch.cuda.Event) -> _Issued:
-        """Put the whole order on its stream."""
-        stream = self._streams[job.order.direction]
+    def _fail(self, lane: Lane, job: CopyJob, error: str) -> None:
+        lane.backlog_bytes -= job.plan.n_bytes
+        self._results.append(job.result(seconds=0.0, n_bytes=0, error=error))
+
+    # -- the issuing threads -------------------------------------------------------------------
+
+    def _run(self, lane: Lane) -> None:
+        torch.cuda.set_device(self._layout.device)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or lane.queue)
+                if self._closing:
+                    return
+                job, ready = lane.queue.popleft()
+                lane.active = job
+                lane.control[issue.CONTROL_STOP] = 0
+            job.started_s = self._clock()
+            try:
+                issued = self._put(lane, job, ready)
+                error = ""
+            except Exception as raised:  # noqa: BLE001 - becomes the result; the thread lives on
+                issued, error = None, f"{type(raised).__name__}: {raised}"
+                with contextlib.suppress(RuntimeError):  # of a device that is lost
+                    # What was issued must not run on after the result.
+                    lane.stream.synchronize()
+            with self._changed:
+                lane.active = None
+                if issued is not None:
+                    lane.issued.append(issued)
+                else:
+                    self._fail(lane, job, error)
+
+    def _put(self, lane: Lane, job: CopyJob, ready: torch.cuda.Event) -> Issued:
+        """Put the order on the stream, as far as it is not stopped."""
+        plan, deadline_s = job.plan, job.order.deadline_s
+        mode = self._mode(lane.direction, plan)
+        started_s = time.perf_counter()
+        table = expand_runs(
+            plan,
+            self._address,
+            most_bytes=PART_BYTES if mode == issue.BY_KERNEL else self._batch_bytes,
+            edge_bytes=PIN_PIECE_BYTES,
+        )
+        expand_s = time.perf_counter() - started_s
+        if lane.direction == "store":
+            table[[0, 1]] = table[[1, 0]]
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        issued = _Issued(job, start, end, [])
-        with torch.cuda.stream(stream):
-            stream.wait_event(ready)
-            issued.start.record(stream)
-            for batch in self._batches(job.order):
-                self._copy_batch(job.order, *batch, issued.keep_alive)
-            issued.end.record(stream)
-        return issued
-
-    def _batches(
-        self, order: CopyOrder
-    ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Split into ``(slots, block ids, positions, staging)`` that fit the staging buffer."""
-        slot_bytes = self._layout.slot_bytes(order.chunk_blocks)
-        per_batch = max(1, self._staging_bytes // slot_bytes)
-        staging = self._staging.get(order.direction)
-        if staging is None or staging.numel() < per_batch * slot_bytes:
-            staging = torch.empty(
-                per_batch * slot_bytes, dtype=torch.uint8, device=self._layout.device
+        keep_alive: list[torch.Tensor] = []
+        lane.control[issue.CONTROL_DEADLINE_NS] = (
+            NO_DEADLINE_NS
+            if deadline_s is None
+            else time.monotonic_ns() + round(min(deadline_s - self._clock(), 1e9) * 1e9)
+        )
+        lane.control[issue.CONTROL_BUSY_EVENT] = int(self._computing.cuda_event)
+        lane.control[issue.CONTROL_PACE] = (
+            int(lane.best_bytes_per_s * self._busy_share) if lane.direction == "store" else 0
+        )
+        targets, sources, sizes = table
+        state = np.zeros(issue.STATE_FIELDS, np.int64)
+        with torch.cuda.stream(lane.stream):
+            lane.stream.wait_event(ready)
+            launch = self._launch(table, keep_alive) if mode == issue.BY_KERNEL else self._no_launch
+            start.record(lane.stream)
+            outcome = self._loop(
+                mode,
+                targets,
+                sources,
+                sizes,
+                self._batch_bytes,
+                _BATCH_RUNS,
+                ctypes.addressof(lane.attributes),
+                int(lane.stream.cuda_stream),
+                lane.ring,
+                launch,
+                lane.scratch,
+                state,
+                lane.control,
             )
-            self._staging[order.direction] = staging
-        staging = staging[: per_batch * slot_bytes].view(per_batch, slot_bytes)
-        ids = np.asarray(order.block_ids, dtype=np.int64)
-        index = np.arange(len(ids))
-        chunk, position = np.divmod(index, order.chunk_blocks)
-        slots = np.asarray(order.slots, dtype=np.int64)
-        wanted = (index >= order.skip_blocks) & (slots[chunk] >= 0)
-        chunks = np.unique(chunk[wanted])
-        for first in range(0, len(chunks), per_batch):
-            batch = chunks[first : first + per_batch]
-            chosen = wanted & np.isin(chunk, batch)
-            rows = np.searchsorted(batch, chunk[chosen]) * order.chunk_blocks + position[chosen]
-            yield (
-                slots[batch].tolist(),
-                torch.from_numpy(ids[chosen]),
-                torch.from_numpy(rows),
-                staging[: len(batch)],
-            )
+            if outcome == issue.FAILED:
+                raise RuntimeError(self._driver.error_text(int(state[issue.STATE_ERROR])))
+            end.record(lane.stream)
+        error = ""
+        if outcome == issue.LATE:
+            error = LEASE_ENDED
+        elif outcome == issue.STOPPED:
+            error = CANCELLED if job.cancelled else CLOSED
+        issue_s = expand_s + int(state[issue.STATE_ISSUE_NS]) / 1e9
+        n_bytes = int(state[issue.STATE_BYTES])
+        return Issued(job, start, end, n_bytes, issue_s, error, keep_alive)
 
-    def _copy_batch(
-        self,
-        order: CopyOrder,
-        slots: list[int],
-        block_ids: torch.Tensor,
-        positions: torch.Tensor,
-        staging: torch.Tensor,
-        keep_alive: list[torch.Tensor],
-    ) -> None:
-        host = [self._region[slot : slot + staging.shape[1]] for slot in slots]
-        ids, rows = (self._to_device(tensor, keep_alive) for tensor in (block_ids, positions))
-        words = staging.view(self._planes[0].dtype)
-        if order.direction == "store":
-            gather_chunks(self._planes, ids, order.chunk_blocks, words)
-            for target, source in zip(host, staging, strict=True):
-                target.copy_(source, non_blocking=True)
-        else:
-            for target, source in zip(staging, host, strict=True):
-                target.copy_(source, non_blocking=True)
-            scatter_chunks(self._planes, ids, rows, order.chunk_blocks, words)
+    def _mode(self, direction: Direction, plan: RunPlan) -> int:
+        """How the plan's runs are issued. Memory that is not page-locked goes run by run."""
+        if not self._pinned:
+            return issue.BY_RUN
+        mover = self._switch.choose(direction, plan.n_bytes, plan.run_bytes)
+        if mover == "kernel" and self._sought_kernel() is not None:
+            return issue.BY_KERNEL
+        return issue.BY_BATCH if self._driver.has_batch else issue.BY_RUN
 
-    def _to_device(self, indices: torch.Tensor, keep_alive: list[torch.Tensor]) -> torch.Tensor:
-        pinned = indices.pin_memory() if self._layout.device.type == "cuda" else indices
-        on_device = pinned.to(self._layout.device, non_blocking=True)
-        keep_alive += [pinned, on_device]
-        return on_device
+    def _sought_kernel(self) -> GpuKernel | None:
+        """The kernel; compiled by an issuing thread, since it takes seconds."""
+        with self._kernel_lock:
+            if not self._kernel_sought:
+                self._kernel_sought = True
+                self._kernel = load_kernel(self._layout.device, self._driver)
+            return self._kernel
+
+    def _launch(
+        self, table: NDArray[np.int64], keep_alive: list[torch.Tensor]
+    ) -> NDArray[np.int64]:
+        """Bring the kernel's runs to the device, on the current stream."""
+        assert self._kernel is not None
+        host = torch.from_numpy(table)
+        host = host.pin_memory() if self._layout.device.type == "cuda" else host
+        on_device = host.to(self._layout.device, non_blocking=True)
+        keep_alive += [host, on_device]
+        launch = np.zeros(issue.LAUNCH_FIELDS, np.int64)
+        launch[issue.LAUNCH_FUNCTION] = self._kernel.function
+        launch[issue.LAUNCH_TABLE] = on_device.data_ptr()
+        launch[issue.LAUNCH_GRID] = self._kernel.grid_blocks
+        launch[issue.LAUNCH_BLOCK] = BLOCK_THREADS
+        return launch

@@ -2,8 +2,15 @@
 
 vLLM's main thread runs Python between operators, so a copy thread that returned to Python per
 block or layer would wait for the interpreter lock each time. The loop below is compiled with
-numba (``nogil``) and calls libc's ``memcpy``. Without numba the same function runs as Python, one
-``memcpy`` through ctypes per piece: correct, but it contends for the lock.
+numba (``nogil``). Without numba the same function runs as Python, one ``memcpy`` through ctypes per
+piece: correct, but it contends for the lock.
+
+The compiled loop writes past the caches. KV that is copied is not read again soon by the core that
+copies it; an ordinary store first reads the line that it will overwrite and then evicts others to
+keep it: a third of the memory traffic, and the engine's working set. libc's ``memcpy`` avoids both
+only in single calls of many megabytes.
+
+All that is compiled stands in this one file: numba's cache on disk notices no other.
 """
 
 from __future__ import annotations
@@ -32,6 +39,12 @@ NO_DEADLINE_NS = (1 << 63) - 1
 
 STATE_RUN, STATE_PLANE, STATE_OFFSET, STATE_BYTES, STATE_NS, STATE_FIELDS = range(6)
 """Where a copy stands, so that it can be stopped and resumed, and what it took so far."""
+
+_VECTOR_BYTES = 64
+"""A line of the cache; LLVM splits it where the processor's registers are narrower."""
+_UNROLL = 4
+_MIN_STREAM_BYTES = 1024
+"""Below it, aligning costs more than the stores save."""
 
 _CLOCK_MONOTONIC = 1
 _SIGNATURE = "int64(int64[:,::1], int64[:,::1], int64, int64, int64, int64[::1], int64[::1])"
@@ -73,6 +86,10 @@ def _clock_gettime(clock_id: Any, timespec_address: Any) -> Any:
     raise NotImplementedError
 
 
+def _fence() -> Any:
+    raise NotImplementedError
+
+
 def _copy_runs(
     runs: Any,
     planes: Any,
@@ -82,7 +99,7 @@ def _copy_runs(
     state: Any,
     control: Any,
 ) -> Any:
-    """See `CopyKernel`. A template: `_memcpy` and `_clock_gettime` are bound by `_bind`."""
+    """See `CopyKernel`. A template: the functions above are bound by `_bind`."""
     clock = np.zeros(2, np.int64)  # a struct timespec
     _clock_gettime(_CLOCK_MONOTONIC, clock.ctypes.data)
     started_ns = clock[0] * 1_000_000_000 + clock[1]
@@ -123,18 +140,94 @@ def _copy_runs(
             if plane + 1 == planes.shape[0]:
                 state[STATE_PLANE] = 0
                 state[STATE_RUN] = run + 1
+    _fence()
     _clock_gettime(_CLOCK_MONOTONIC, clock.ctypes.data)
     state[STATE_NS] += clock[0] * 1_000_000_000 + clock[1] - started_ns
     return outcome
 
 
-def _bind(memcpy: Any, clock_gettime: Any) -> Callable[..., Any]:
+def _bind(
+    memcpy: Any, clock_gettime: Any, fence: Callable[[], Any] = lambda: None
+) -> Callable[..., Any]:
     """Return the loop over other functions.
 
     Bound as globals and not as a closure, which would defeat numba's cache on disk.
     """
-    names = {**globals(), "_memcpy": memcpy, "_clock_gettime": clock_gettime}
+    names = {**globals(), "_memcpy": memcpy, "_clock_gettime": clock_gettime, "_fence": fence}
     return FunctionType(_copy_runs.__code__, names)
+
+
+def _streaming_copy(memcpy: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return ``copy(target, source, n)`` and ``fence()``, to be called in a numba function.
+
+    ``copy`` takes addresses and returns None. Its stores are weakly ordered: whoever tells
+    another thread of the bytes calls ``fence`` before.
+
+    Args:
+        memcpy: numba's function for short copies and unaligned ends, same arguments.
+
+    Raises:
+        ImportError: numba is not installed.
+    """
+    numba: Any = importlib.import_module("numba")
+    extending: Any = importlib.import_module("numba.extending")
+    types = importlib.import_module("numba.core.types")
+    ir = importlib.import_module("llvmlite.ir")
+    word = ir.IntType(64)
+    step = _VECTOR_BYTES * _UNROLL
+
+    def emit_lines(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        target, source, n_bytes = arguments
+        vector = ir.VectorType(word, _VECTOR_BYTES // 8).as_pointer()
+        hint = builder.module.add_metadata([ir.IntType(32)(1)])
+        before = builder.block
+        loop, done = (builder.append_basic_block(name) for name in ("lines", "lines.done"))
+        builder.cbranch(builder.icmp_signed(">", n_bytes, word(0)), loop, done)
+        builder.position_at_end(loop)
+        at = builder.phi(word)
+        offsets = [builder.add(at, word(i * _VECTOR_BYTES)) for i in range(_UNROLL)]
+        values = []
+        for offset in offsets:
+            values.append(builder.load(builder.inttoptr(builder.add(source, offset), vector)))
+            values[-1].align = 1
+        for offset, value in zip(offsets, values, strict=True):
+            store = builder.store(value, builder.inttoptr(builder.add(target, offset), vector))
+            store.align = _VECTOR_BYTES
+            store.set_metadata("nontemporal", hint)
+        after = builder.add(at, word(step))
+        at.add_incoming(word(0), before)
+        at.add_incoming(after, loop)
+        builder.cbranch(builder.icmp_signed("<", after, n_bytes), loop, done)
+        builder.position_at_end(done)
+        return None
+
+    def emit_fence(_: Any, builder: Any, __: Any, ___: Any) -> Any:
+        builder.fence("seq_cst")
+
+    def lines_type(_: Any, _target: Any, _source: Any, _n_bytes: Any) -> Any:
+        """Copy whole steps; the target is aligned to a line."""
+        return types.void(types.intp, types.intp, types.intp), emit_lines
+
+    def fence_type(_: Any) -> Any:
+        """Order all stores before it, streamed ones too, before those after it."""
+        return types.void(), emit_fence
+
+    copy_lines, fence = extending.intrinsic(lines_type), extending.intrinsic(fence_type)
+
+    def copy(target: Any, source: Any, n_bytes: Any) -> None:
+        if n_bytes < _MIN_STREAM_BYTES:
+            memcpy(target, source, n_bytes)
+            return
+        head = -target % _VECTOR_BYTES
+        if head:
+            memcpy(target, source, head)
+        body = (n_bytes - head) // step * step
+        copy_lines(target + head, source + head, body)
+        tail = n_bytes - head - body
+        if tail:
+            memcpy(target + head + body, source + head + body, tail)
+
+    return numba.njit(nogil=True)(copy), fence
 
 
 @functools.cache
@@ -165,7 +258,8 @@ def compiled_kernel() -> CopyKernel:
     # Addresses are passed as integers: the same registers on every 64-bit ABI.
     memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.intp))
     clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
-    loop = _bind(memcpy, clock_gettime)
+    copy, fence = _streaming_copy(memcpy)
+    loop = _bind(copy, clock_gettime, fence)
     try:
         compiled = numba.njit(_SIGNATURE, nogil=True, cache=True)(loop)
     except RuntimeError as error:  # no writable directory for the cache

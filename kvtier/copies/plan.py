@@ -22,6 +22,10 @@ Direction = Literal["store", "load"]
 """``store``: KV blocks -> slots. ``load``: slots -> KV blocks."""
 
 
+PIN_PIECE_BYTES = 64 << 30
+"""The slots' region is page-locked in pieces of at most so many bytes: drivers refuse or stall on
+more in one ``cudaHostRegister``."""
+
 NO_SLOT = -1
 """In place of a slot: this chunk is not to be copied."""
 
@@ -73,6 +77,8 @@ class CopyResult:
     ok: bool
     error: str = ""
     """Empty, or a reason in words. A failed load may have written some of its blocks."""
+    issue_s: float = 0.0
+    """Processor time of putting the copy on a stream; 0 where a thread copies."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,34 +100,6 @@ class RunPlan:
     def run_bytes(self) -> float:
         """Mean bytes per contiguous run; 0 for an empty plan."""
         return self.n_bytes / self.n_runs if self.n_runs else 0.0
-
-    def addresses(
-        self, region_address: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """The same runs over all planes as ``(kv address, slot address, bytes)``, int64 [n_runs].
-
-        What a batched driver call takes. Ordered by run, then plane, then block.
-        """
-        # A strided plane has no contiguous neighbours: give each of its blocks a run.
-        parts = []
-        for base, stride, size, offset in self.planes.tolist():
-            runs = self.runs if stride == size else _single_blocks(self.runs)
-            kv = base + runs[:, 0] * stride
-            slot = region_address + runs[:, 1] + offset + runs[:, 2] * size
-            parts.append((kv, slot, runs[:, 3] * size))
-        kv_all, slot_all, size_all = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        order = np.argsort(slot_all, kind="stable")
-        return kv_all[order], slot_all[order], size_all[order]
-
-
-def _single_blocks(runs: NDArray[np.int64]) -> NDArray[np.int64]:
-    counts = runs[:, 3]
-    rows = np.repeat(runs, counts, axis=0)
-    within = np.arange(len(rows), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
-    rows[:, 0] += within
-    rows[:, 2] += within
-    rows[:, 3] = 1
-    return rows
 
 
 def plan_order(layout: KVLayout, order: CopyOrder, region_bytes: int) -> RunPlan:

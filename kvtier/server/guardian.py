@@ -39,6 +39,7 @@ from kvtier.server.launch import (
     server_environment,
     shm_free_bytes,
 )
+from kvtier.server.numa import gpu_nodes, place_memory
 
 POLL_S = 0.5
 HEALTH_POLL_S = 0.1
@@ -163,7 +164,7 @@ class Guardian:
         endpoint = self._record.endpoint
         self._starts_s.append(now_s)
         self._started_s = now_s
-        guardian_pid = os.getpid()
+        guardian_pid, nodes = os.getpid(), gpu_nodes()
         argv = server_command(spec, endpoint)
         _log(f"starting generation {self._record.generation}: {' '.join(argv)}")
         try:
@@ -174,7 +175,7 @@ class Guardian:
                 start_new_session=True,
                 # The server shares the lock: it counts as running until it is really gone.
                 pass_fds=(self._lock_descriptor,),
-                preexec_fn=lambda: _become_server(guardian_pid),  # noqa: PLW1509 - single-threaded
+                preexec_fn=lambda: _become_server(guardian_pid, nodes),  # noqa: PLW1509 - single-threaded
             )
         except OSError as error:
             return self._fail(f"cannot start {argv[0]}: {error}")
@@ -276,12 +277,16 @@ class Guardian:
         return info is not None and info.si_signo != signal.SIGCHLD
 
 
-def _become_server(guardian_pid: int) -> None:
-    """Run in the server's process before its program: die with the guardian, signals unblocked."""
+def _become_server(guardian_pid: int, nodes: set[int]) -> None:
+    """Run in the server's process before its program: die with the guardian, signals unblocked.
+
+    Its memory comes from ``nodes`` first, if there are any.
+    """
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != guardian_pid:  # the guardian died before the call above
         os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
+    place_memory(nodes, _libc)
 
 
 def _healthy(http_port: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime as dt
 import json
 import socket
 from pathlib import Path
@@ -11,15 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from kvtier import calibration
+from kvtier import calibration, worker_half
 from kvtier.calibration import (
     CalibrationError,
     LinkMeasurement,
+    MoverMeasurement,
     PrefillSample,
     Profile,
+    fresh_profile,
     load_profile,
+    machine_profile_path,
     measure_link,
     new_profile,
+    profile_of,
     profile_path,
     save_profile,
 )
@@ -32,6 +38,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvtier.copy_engine import CopyEngine, CopyOrder
+
+
+CPU = torch.device("cpu")
 
 
 def profile() -> Profile:
@@ -114,6 +123,9 @@ def replace(**changes: object) -> Callable[[dict[str, Any]], object]:
     return lambda data: data | changes
 
 
+LINK = {"latency_s": 1e-4, "points": [[4096, 5e9]]}
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -128,6 +140,11 @@ def replace(**changes: object) -> Callable[[dict[str, Any]], object]:
         replace(prefill=[{"cached_tokens": 0, "new_tokens": 5}]),
         replace(prefill=[{"cached_tokens": 0, "new_tokens": 5, "seconds": 0}]),
         replace(prefill=7),
+        replace(movers=7),
+        replace(movers=[{"direction": "store", "mover": "pigeon", "link": LINK}]),
+        replace(movers=[{"direction": "store", "mover": "dma", "link": []}]),
+        replace(ceilings=[1.0]),
+        replace(copy_revision="two"),
     ],
 )
 def test_damaged_profiles_are_ignored_with_a_warning(
@@ -168,3 +185,105 @@ def test_a_failed_write_leaves_the_old_profile(
     monkeypatch.undo()
     assert load_profile(path) == saved
     assert [p.name for p in tmp_path.iterdir()] == ["p.json"]
+
+
+# --- what still holds ----------------------------------------------------------------------------
+
+
+def test_movers_and_ceilings_survive_the_disk_and_choose(tmp_path: Path) -> None:
+    slow, fast = (LinkMeasurement(0.0, ((4096, rate),)) for rate in (1e9, 2e9))
+    movers = (MoverMeasurement("load", "dma", slow), MoverMeasurement("load", "kernel", fast))
+    saved = profile_of(
+        "m", "f", CPU, {"store": slow, "load": fast}, movers=movers, ceilings={"d2h": 5e10}
+    )
+    save_profile(tmp_path / "p.json", saved)
+    loaded = load_profile(tmp_path / "p.json")
+    assert loaded == saved
+    assert loaded.switch().choose("load", 1 << 20, 4096) == "kernel"
+    assert loaded.switch().choose("store", 1 << 20, 4096) == "dma"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"measured_at": "2026-01-01T00:00:00+00:00"},
+        {"measured_at": "yesterday"},
+        {"measured_at": "2026-11-22T00:00:00"},
+        {"gpu": "another"},
+        {"driver": "1.2"},
+        {"copy_revision": 1},
+    ],
+)
+def test_what_was_measured_of_another_machine_or_engine_or_long_ago_does_not_hold(
+    change: dict[str, Any],
+) -> None:
+    now = dt.datetime.fromisoformat(profile().measured_at) + dt.timedelta(days=29)
+    assert profile().is_fresh(CPU, now)
+    assert not dataclasses.replace(profile(), **change).is_fresh(CPU, now)
+    assert not profile().is_fresh(CPU, now + dt.timedelta(days=2))
+
+
+def test_a_file_of_an_older_kvtier_is_read_and_does_not_hold(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    save_profile(path, profile())
+    data = json.loads(path.read_text())
+    for name in ("driver", "copy_revision", "movers", "ceilings"):
+        del data[name]
+    path.write_text(json.dumps(data))
+    old = load_profile(path)
+    assert old is not None
+    assert old.prefill == profile().prefill
+    assert not old.is_fresh(CPU)
+
+
+def test_a_model_starts_from_the_machines_own_profile_and_keeps_its_prefill_times(
+    tmp_path: Path,
+) -> None:
+    layout = KVLayout.from_kv_caches({"a": torch.zeros(4, 8)})
+    path = profile_path(tmp_path, "m", layout.fingerprint)
+    stale = dataclasses.replace(profile(), model="m", measured_at="2020-01-01T00:00:00+00:00")
+    save_profile(path, stale)
+    assert fresh_profile(tmp_path, "m", layout) is None
+    link = LinkMeasurement(2e-4, ((4096, 7e9),))
+    save_profile(
+        machine_profile_path(tmp_path), profile_of("", "", CPU, {"store": link, "load": link})
+    )
+    found = fresh_profile(tmp_path, "m", layout)
+    assert found is not None
+    assert (found.store, found.prefill, found.model) == (link, stale.prefill, "m")
+    assert found.layout_fingerprint == layout.fingerprint
+    save_profile(path, own := dataclasses.replace(found, store=stale.store))
+    assert fresh_profile(tmp_path, "m", layout) == own
+
+
+@pytest.mark.parametrize("may_measure", [True, False])
+def test_an_engine_measures_anew_what_does_not_hold_if_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, may_measure: bool
+) -> None:
+    layout = KVLayout.from_kv_caches({"a": torch.zeros(4, 8)})
+    path = profile_path(tmp_path, "m", layout.fingerprint)
+    save_profile(path, dataclasses.replace(profile(), model="m", copy_revision=1))
+    link = LinkMeasurement(2e-4, ((4096, 7e9),))
+    monkeypatch.setattr(calibration, "measure_link", lambda _: {"store": link, "load": link})
+    found = worker_half.calibrate(layout, "m", tmp_path, may_measure=may_measure)
+    assert found is not None
+    expected = link if may_measure else profile().store
+    assert found.store == (expected.latency_s, expected.points)
+    assert found.prefill == ((0, 512, 0.25),)
+    saved = load_profile(path)
+    assert saved is not None
+    assert saved.is_fresh(CPU) is may_measure
+
+
+def test_the_drivers_version_is_the_kernel_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "version"
+    monkeypatch.setattr(calibration, "_DRIVER_FILE", file)
+    assert calibration.driver_version("cuda") == ""
+    file.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n"
+        "GCC version:  gcc version 12.3.0\n"
+    )
+    assert calibration.driver_version("cuda") == "580.65.06"
+    assert calibration.driver_version("cpu") == ""

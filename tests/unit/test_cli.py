@@ -64,6 +64,7 @@ def test_dry_run_prints_exactly_the_command(model: str) -> None:
         "--tool-call-parser", "hermes", "--enable-auto-tool-choice",
         "--scheduler-cls", "kvtier.scheduler.ProgramScheduler",
         "--scheduling-policy", "priority",
+        "--middleware", "kvtier.middleware.KVTierMiddleware",
         "--kv-transfer-config",
     ]  # fmt: skip
     assert json.loads(words[-1]) == {
@@ -72,6 +73,13 @@ def test_dry_run_prints_exactly_the_command(model: str) -> None:
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"kvtier.tool_call_parser": "hermes"},
     }
+
+
+def test_the_middleware_can_be_declined(model: str) -> None:
+    assert "KVTierMiddleware" in runner.invoke(app, ["serve", model, "--dry-run"]).output
+    declined = runner.invoke(app, ["serve", model, "--no-middleware", "--dry-run"])
+    assert declined.exit_code == 0
+    assert "KVTierMiddleware" not in declined.output
 
 
 def test_dry_run_json(model: str) -> None:
@@ -158,3 +166,9 @@ def test_documentation_has_the_reference_of_this_version() -> None:
 
 def test_demo_is_listed() -> None:
     assert re.search(r"^  demo ", runner.invoke(app, ["--help"]).output, re.MULTILINE)
+
+
+def test_the_operators_commands_are_listed() -> None:
+    output = runner.invoke(app, ["--help"]).output
+    for command in ("status", "top", "programs", "ttl", "policy", "explain", "watch"):
+        assert re.search(rf"^  {command} ", output, re.MULTILINE), command

@@ -1,0 +1,1 @@
+"""``kvtier calibrate``: what is measured of a machine, and how."""

@@ -1,0 +1,216 @@
+"""Measures the link: the copy engine's own rate by run size, each way, and by DMA and by kernel."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kvtier.copies.kv_layout import KVLayout
+from kvtier.copies.switch import MOVERS, Mover, Switch, always
+from kvtier.copy_engine import CopyEngine, CopyOrder, CpuCopyEngine, Direction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from kvtier.costs.estimators import LinkModel
+
+    EngineFactory = Callable[[KVLayout, NDArray[np.uint8]], CopyEngine]
+
+RUN_SIZES_BYTES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
+SCRATCH_BYTES = 128 << 20
+"""Per side: well beyond the caches that cores share, so that memory is measured."""
+_ORDER_TIMEOUT_S = 10.0
+_MAX_ROUNDS = 32
+_MIN_ROUNDS = 3
+
+
+class CalibrationError(RuntimeError):
+    """A measurement failed; the message is the copy engine's."""
+
+
+@dataclass(frozen=True)
+class LinkMeasurement:
+    """One direction: ``latency_s`` of an order, and ``(run bytes, bytes/s)`` by run size."""
+
+    latency_s: float
+    points: tuple[tuple[int, float], ...]
+
+    def model(self) -> LinkModel:
+        """Return the estimators' model of this link."""
+        from kvtier.costs.estimators import LinkModel  # noqa: PLC0415 - only where a model is wanted
+
+        return LinkModel(latency_s=self.latency_s, points=self.points)
+
+
+@dataclass(frozen=True)
+class MoverMeasurement:
+    """One direction by one mover of the GPU, see `copies.switch`."""
+
+    direction: Direction
+    mover: Mover
+    link: LinkMeasurement
+
+
+def _cpu_engine(layout: KVLayout, region: NDArray[np.uint8]) -> CopyEngine:
+    return CpuCopyEngine(layout, region)
+
+
+def _cuda_engine(layout: KVLayout, region: NDArray[np.uint8]) -> CopyEngine:
+    from kvtier.copies.cuda import CudaCopyEngine  # noqa: PLC0415 - only where CUDA is
+
+    return CudaCopyEngine(layout, torch.from_numpy(region))
+
+
+def measure_movers(device: torch.device) -> tuple[MoverMeasurement, ...]:
+    """Both directions by DMA and by kernel; empty on the CPU, and DMA alone without a kernel.
+
+    Raises:
+        CalibrationError: see `measure_link`.
+    """
+    if device.type == "cpu":
+        return ()
+    from kvtier.copies.cuda import CudaCopyEngine  # noqa: PLC0415 - only where CUDA is
+
+    found: list[MoverMeasurement] = []
+    for mover in MOVERS:
+        switch = always(mover)
+        usable: list[bool] = []
+
+        def factory(
+            layout: KVLayout,
+            region: NDArray[np.uint8],
+            switch: Switch = switch,
+            usable: list[bool] = usable,
+        ) -> CopyEngine:
+            engine = CudaCopyEngine(layout, torch.from_numpy(region), switch=switch)
+            usable.append(engine.has_kernel())
+            return engine
+
+        links = measure_link(device, engine_factory=factory)
+        if mover == "dma" or all(usable):
+            found += [MoverMeasurement(d, mover, link) for d, link in links.items()]
+    return tuple(found)
+
+
+def fastest(movers: Sequence[MoverMeasurement]) -> dict[Direction, LinkMeasurement]:
+    """The engine's own link where it may choose: the faster mover for each run size."""
+    directions: tuple[Direction, ...] = ("store", "load")
+    links = {}
+    for direction in directions:
+        mine = [m.link for m in movers if m.direction == direction]
+        sizes = [size for size, _ in mine[0].points]
+        rates = [
+            max(rates)
+            for rates in zip(*([r for _, r in link.points] for link in mine), strict=True)
+        ]
+        links[direction] = LinkMeasurement(
+            min(link.latency_s for link in mine), tuple(zip(sizes, rates, strict=True))
+        )
+    return links
+
+
+def measure_link(
+    device: torch.device | str = "cpu",
+    *,
+    run_sizes_bytes: Sequence[int] = RUN_SIZES_BYTES,
+    scratch_bytes: int = SCRATCH_BYTES,
+    budget_s: float = 0.6,
+    engine_factory: Callable[[KVLayout, NDArray[np.uint8]], CopyEngine] | None = None,
+) -> dict[Direction, LinkMeasurement]:
+    """Copy scratch memory through the copy engine, both ways, with runs of several sizes.
+
+    Live KV is not touched: the blocks are scratch memory on ``device`` of one run each, in random
+    order. The rate is the median over rounds of ``bytes / seconds`` as the engine reports it; the
+    latency is the median time from submission to completion of an order of one smallest run, less
+    the time its bytes took.
+
+    Args:
+        device: where the KV cache lies, ``"cpu"`` or a CUDA device.
+        run_sizes_bytes: block sizes, in bytes; those above ``scratch_bytes`` are left out.
+        scratch_bytes: memory used on each side, at least one block.
+        budget_s: for all sizes and directions together, start-up and first touch excluded.
+            Every size is measured at least three times each way, whatever it takes.
+        engine_factory: builds the engine over a layout and slots; default by device.
+
+    Raises:
+        CalibrationError: an order failed or did not end.
+    """
+    device = torch.device(device)
+    sizes = sorted({size for size in run_sizes_bytes if size <= scratch_bytes})
+    if not sizes or sizes[0] <= 0:
+        msg = f"no run size in {tuple(run_sizes_bytes)} fits {scratch_bytes} bytes"
+        raise CalibrationError(msg)
+    if engine_factory is None:
+        engine_factory = _cpu_engine if device.type == "cpu" else _cuda_engine
+    kv = torch.zeros(scratch_bytes, dtype=torch.uint8, device=device)
+    # Page-locked memory of torch stands in for the registered region.
+    slots = torch.ones(scratch_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    region: NDArray[np.uint8] = slots.numpy()
+    share_s = budget_s / (2 * len(sizes))
+    points: dict[Direction, list[tuple[int, float]]] = {"store": [], "load": []}
+    latency_s: dict[Direction, float] = {}
+    directions: tuple[Direction, ...] = ("store", "load")
+    for size in sizes:
+        n_blocks = scratch_bytes // size
+        layout = KVLayout.from_kv_caches({"scratch": kv[: n_blocks * size].view(n_blocks, size)})
+        engine = engine_factory(layout, region)
+        try:
+            for direction in directions:
+                if size == sizes[0]:
+                    latency_s[direction] = _latency_s(engine, direction, size)
+                rate = _rate(engine, direction, n_blocks, size, share_s)
+                points[direction].append((size, rate))
+        finally:
+            engine.close()
+    return {d: LinkMeasurement(latency_s[d], tuple(points[d])) for d in directions}
+
+
+def _timed(
+    engine: CopyEngine, direction: Direction, ids: NDArray[np.int64], size: int
+) -> tuple[float, float]:
+    """Copy blocks of ``size`` bytes; seconds of copying, seconds from submission to the end."""
+    started_s = time.perf_counter()
+    order = CopyOrder(
+        order_id="calibration",
+        direction=direction,
+        request_id="calibration",
+        block_ids=ids,
+        slots=(np.arange(len(ids)) * size).tolist(),
+        chunk_blocks=1,
+    )
+    engine.submit(order, time.monotonic())
+    drained = engine.drain(_ORDER_TIMEOUT_S)
+    elapsed_s = time.perf_counter() - started_s
+    results = engine.poll()
+    if not drained or len(results) != 1 or not results[0].ok:
+        msg = f"calibration copy failed: {results[0].error if results else 'no result'}"
+        raise CalibrationError(msg)
+    return results[0].seconds, elapsed_s
+
+
+def _latency_s(engine: CopyEngine, direction: Direction, size: int) -> float:
+    times = [_timed(engine, direction, np.zeros(1, np.int64), size) for _ in range(_MAX_ROUNDS)]
+    return statistics.median(max(elapsed - seconds, 0.0) for seconds, elapsed in times)
+
+
+def _rate(
+    engine: CopyEngine, direction: Direction, n_blocks: int, size: int, share_s: float
+) -> float:
+    """Bytes/s over all blocks in random order; the first round only touches the memory."""
+    ids = np.random.default_rng(0).permutation(n_blocks).astype(np.int64)
+    _timed(engine, direction, ids, size)
+    deadline_s = time.perf_counter() + share_s
+    rates: list[float] = []
+    while len(rates) < _MIN_ROUNDS or (
+        len(rates) < _MAX_ROUNDS and time.perf_counter() < deadline_s
+    ):
+        seconds, _ = _timed(engine, direction, ids, size)
+        rates.append(n_blocks * size / max(seconds, 1e-9))
+    return statistics.median(rates)
