@@ -305,7 +305,13 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
             return
         late_results = self._late_results
         self._on_worker(meta)
-        if late_results is not None and not late_results(meta.results):
+        if late_results is None:
+            return
+        try:
+            if not late_results(meta.results):
+                self._late_results = None
+        except Exception:
+            logger.exception("kvtier could not take a late result")
             self._late_results = None
 
     @_guarded(None)

@@ -211,6 +211,8 @@ class LMCacheBridge:
             self._session += 1
             self._hello_sent_s = float("-inf")
             self._say_hello()
+        # Who still has something to give back is told that nobody is there, instead of failing.
+        self._state = TierState.AWAY
         self._close_socket(linger_ms=GOODBYE_MS)
         self._zmq.term()
 

@@ -251,7 +251,8 @@ class SchedulerHalf(SchedulerParts):
         stores = self.stager.advance(now_s)
         self.prefetcher.advance(now_s)
         self.deferrals.step_ended(now_s, step.running_requests + self.reader.n_loads)
-        measure = self._measure_due and not step.running_requests
+        idle = not (step.running_requests or self._turns or self.prefetcher.n_in_flight)
+        measure = self._measure_due and idle
         self._measure_due &= not measure
         prefetches = self.prefetcher.take_orders()
         # Last: whatever fails before, the orders that requests wait for are still there.

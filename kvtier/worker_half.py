@@ -134,10 +134,15 @@ class WorkerHalf:
 
     def _measure(self) -> None:
         """Measure the link anew and keep the result; the engine is idle."""
-        if self._pool is not None and self._profile_dir is not None and self._rank == 0:
+        if self._pool is None or self._profile_dir is None or self._rank != 0:
+            return
+        try:
             self._calibration = calibrate(
                 self._kv_layout, self._model, self._profile_dir, may_measure=True, afresh=True
             )
+        except Exception:
+            # There may be no memory for it beside a full KV cache: what was known before holds.
+            logger.exception("the link could not be measured")
 
     def collect(self) -> None:
         """Take what the copy engine has finished."""

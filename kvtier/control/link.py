@@ -35,7 +35,9 @@ REVIVE_INTERVAL_S: Final = 30.0
 MAX_EVENTS: Final = 4096
 """Most events between two reports."""
 MAX_COMMANDS: Final = 64
-"""Most commands taken in at a time; the rest waits in the socket."""
+"""Most messages taken in at a time; the rest waits in the socket."""
+MAX_QUEUED: Final = 64
+"""Messages that wait for a server that does not read."""
 
 
 class EngineLink(Happenings):
@@ -76,6 +78,8 @@ class EngineLink(Happenings):
         self._socket.setsockopt(zmq.LINGER, 0)
         # Never queue for a server that is not there.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        # Nor keep much for one that hangs.
+        self._socket.setsockopt(zmq.SNDHWM, MAX_QUEUED)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 200)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         self._socket.connect(endpoint)
@@ -106,7 +110,7 @@ class EngineLink(Happenings):
             if not self._send(self._hello()):
                 self._call_back(now_s)
         found: list[messages.Command] = []
-        while len(found) < MAX_COMMANDS:
+        for _ in range(MAX_COMMANDS):
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -169,8 +173,13 @@ class EngineLink(Happenings):
             return
         is_first = self._next_revive_s == float("-inf")
         self._next_revive_s = now_s + REVIVE_INTERVAL_S
-        if not is_first and self._revive is not None:
+        if is_first or self._revive is None:
+            return
+        try:
             self._revive()
+        except Exception:
+            # A host without processes to spare, say: the engine goes on unobserved.
+            logger.exception("the control server could not be started again")
 
     def _start_following(self) -> None:
         self._is_followed = True
@@ -187,7 +196,9 @@ class EngineLink(Happenings):
         """Send, or find that nobody listens (any more)."""
         try:
             self._socket.send(messages.encoder.encode(message), zmq.NOBLOCK)
-        except zmq.Again:
+        except zmq.ZMQError as error:
+            if not isinstance(error, zmq.Again):
+                logger.warning("nothing can be told to the control server: %s", error)
             self._is_followed = False
             self._events.clear()
             return False

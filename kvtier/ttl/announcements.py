@@ -28,12 +28,14 @@ class Announcement:
 
 
 def announced_curve(p50_s: float | None, p90_s: float | None) -> SurvivalCurve | None:
-    """A log-normal distribution with these quantiles; None without a median.
+    """A log-normal distribution with these quantiles; None without any.
 
-    A p90 that is missing or not above the median is taken to be `DEFAULT_SPREAD` times the median.
+    A median that is missing is taken to be a `DEFAULT_SPREAD`th of p90. A p90 that is missing or not above the median is taken to be `DEFAULT_SPREAD` times the median.
     """
     if p50_s is None:
-        return None
+        if p90_s is None:
+            return None
+        p50_s = p90_s / DEFAULT_SPREAD
     median_s = max(MIN_GAP_S, p50_s)
     if p90_s is None or p90_s <= median_s:
         p90_s = DEFAULT_SPREAD * median_s

@@ -15,6 +15,7 @@ from kvtier.backend import TierBackend, TierState
 from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.gpu_pin import ReleaseCause
 from kvtier.programs import ProgramId, bounded_name
+from kvtier.tools.names import tool_label
 from kvtier.ttl.announcements import Announcement, announced_curve
 from kvtier.ttl.overrides import TtlOverride
 
@@ -145,13 +146,16 @@ class Commands:
         pins = self._pins.of_program(program)
         if pins:
             for pin in pins:
-                self._set_deadline(pin, now_s + granted_s)
+                extra_s = self._affordable_s(pin, now_s + granted_s - pin.deadline_s, now_s)
+                self._set_deadline(pin, pin.deadline_s + extra_s)
+            granted_s = min(granted_s, min(pin.deadline_s for pin in pins) - now_s)
             tokens = sum(len(pin.block_ids) for pin in pins) * self._facts.block_tokens
             done = Result("accepted", "pinned", f"{tokens} tokens for {granted_s:g} s from now")
         else:
             done = self._prefetch(program, now_s, granted_s)
         if done.outcome == "accepted" and granted_s < ttl_s:
-            return Result("clipped", "max_ttl", f"{done.detail}; max_ttl_s is {limit_s:g}")
+            reason = "max_ttl" if granted_s >= limit_s else "tenant_budget"
+            return Result("clipped", reason, f"{done.detail}; max_ttl_s is {limit_s:g}")
         return done
 
     def _release(self, program: str) -> Result:
@@ -206,10 +210,21 @@ class Commands:
         return Result(_checked(outcome), reason, detail)
 
     def _tool_returned(self, program: str, now_s: float) -> Result:
+        grace_s = min(RETURN_GRACE_S, self._policy.config.max_ttl_s)
         for pin in self._pins.of_program(program):
             # It must not end in the last moment.
-            self._set_deadline(pin, max(pin.deadline_s, now_s + RETURN_GRACE_S))
-        return self._prefetch(program, now_s, RETURN_GRACE_S)
+            extra_s = self._affordable_s(pin, now_s + grace_s - pin.deadline_s, now_s)
+            if extra_s > 0:
+                self._set_deadline(pin, pin.deadline_s + extra_s)
+        return self._prefetch(program, now_s, grace_s)
+
+    def _affordable_s(self, pin: Pin, extra_s: float, now_s: float) -> float:
+        """How much longer a pin may last, of what is asked for: its tenant's budget is the limit."""
+        if extra_s <= 0 or not isinstance(pin.data, PinnedTurn):
+            return extra_s
+        n_bytes = len(pin.block_ids) * self._facts.block_bytes
+        left_s = self._policy.ttl.budgets.ttl_limit_s(pin.data.tenant, n_bytes, now_s)
+        return min(extra_s, left_s)
 
     def _tool_call(
         self,
@@ -219,13 +234,15 @@ class Commands:
         now_s: float,
     ) -> Result:
         curve = announced_curve(command.p50_s, command.p90_s)
-        announcement = Announcement(command.tool, now_s, curve)
+        # As the tools of outputs are called, or it would be another one.
+        tool = tool_label(command.tool)
+        announcement = Announcement(tool, now_s, curve)
         self._policy.ttl.announcements.announce(program, announcement)
         if view.active_requests:
             return Result("accepted", "at_turn_end", "counts when the program's turn has ended")
-        self._programs.name_tool(view.program, command.tool)
+        self._programs.name_tool(view.program, tool)
         median_s = curve.quantile(0.5) if curve is not None else None
-        self._happenings.tool_announced(program, command.tool, median_s, now_s)
+        self._happenings.tool_announced(program, tool, median_s, now_s)
         pins = self._pins.of_program(program)
         if not pins:
             return Result("accepted", "noted", "nothing of the program is pinned")
@@ -236,6 +253,9 @@ class Commands:
         decision = self._pauses.reconsider(pin, announcement, self._read_load())
         if decision is None:
             return "kept"
+        if decision.stage:
+            # Before the pin ends: the copy takes over its references.
+            self._stage_pin(pin, announcement.tool)
         if decision.action != "pin":
             self._endings.unpin(pin.key, ReleaseCause.COMMAND)
             return f"{decision.action} ({decision.reason})"
@@ -271,7 +291,7 @@ class Commands:
             key = self._facts.program_handle(_program_id(override.program))
             return TtlOverride("program", key, mode, ttl_s, expires_s)
         if override.tool is not None:
-            return TtlOverride("tool", override.tool, mode, ttl_s, expires_s)
+            return TtlOverride("tool", tool_label(override.tool), mode, ttl_s, expires_s)
         if override.tenant is not None:
             return TtlOverride("tenant", bounded_name(override.tenant), mode, ttl_s, expires_s)
         return TtlOverride("all", "", mode, ttl_s, expires_s)

@@ -192,6 +192,7 @@ class Pauses:
                 is_tool_call=True,
                 staged_tokens=min(confirmed, data.n_tokens),
                 tier_available=True,
+                reserved_s=max(0.0, pin.deadline_s - announcement.at_s),
                 tierable=bool(data.strand),
                 budget_left_blocks=len(pin.block_ids),
                 hint_ttl_s=None,
@@ -209,14 +210,18 @@ class Pauses:
         now_s: float,
         reusable_blocks: int,
         tier_available: bool,
+        reserved_s: float = 0.0,
         **rest: Any,
     ) -> PauseFacts:
-        """The engine at this moment, and `rest` of what `PauseFacts` asks for."""
+        """The engine at this moment, and `rest` of what `PauseFacts` asks for.
+
+        `reserved_s` is how much of its tenant's budget a pin has reserved already, as seconds of itself.
+        """
         ttl, salt = self._policy.ttl, bounded_name(tenant) if tenant else None
         limit_s = math.inf
         if ttl.budgets:
             n_bytes = reusable_blocks * self._facts.block_bytes
-            limit_s = ttl.budgets.ttl_limit_s(salt, n_bytes, now_s)
+            limit_s = ttl.budgets.ttl_limit_s(salt, n_bytes, now_s) + reserved_s
         return PauseFacts(
             now_s=now_s,
             tool=tool,

@@ -384,3 +384,46 @@ def test_the_link_is_measured_anew_when_the_engine_is_idle(rig: Rig) -> None:
     rig.engine.workers.submit = watched  # type: ignore[method-assign]
     rig.engine.run()
     assert running_while_measured == [0]
+
+
+def test_a_tool_announced_to_take_long_has_the_kv_staged_before_it_is_given_up(rig: Rig) -> None:
+    agent_turn(rig, hints={"stage": False})
+    evictable = rig.engine.pool.get_num_free_blocks()
+    # Memory is short from now on: what waits makes a pin dear.
+    rig.engine.half._waiting_tokens["other"] = 10_000
+    answer = rig.do(messages.ToolCallCommand, tool="train", p50_s=120.0)
+    del rig.engine.half._waiting_tokens["other"]
+    assert answer.outcome == "accepted"
+    assert "offload" in answer.detail
+    rig.engine.run()
+    assert isinstance(rig.engine.tier, VirtualTier)
+    assert rig.engine.tier.table.counts()["chunks"] == 4
+    assert rig.engine.pool.get_num_free_blocks() > evictable
+
+
+def test_no_command_pins_for_longer_than_the_tenants_budget(rig: Rig) -> None:
+    budget = messages.TenantBudget("acme", 80_000, 1e9)
+    rig.do(messages.PolicyCommand, tenant_budgets=[budget])
+    agent_turn(rig, cache_salt="acme", hints={"ttl_s": 4.0})
+    agent = ProgramKey("acme", "agent")
+    answer = rig.do(messages.PinCommand, program=agent, ttl_s=300.0)
+    assert (answer.outcome, answer.reason) == ("clipped", "tenant_budget")
+    assert rig.left_s() == pytest.approx(10.0, abs=0.2)
+    rig.do(messages.ToolReturnCommand, program=agent)
+    assert rig.left_s() == pytest.approx(10.0, abs=0.2)
+    # Decided anew, it keeps what it has paid for.
+    rig.do(messages.ToolCallCommand, program=agent, tool="bash", p50_s=1.0)
+    assert rig.pins
+
+
+def test_a_tool_is_called_alike_by_outputs_overrides_and_announcements(rig: Rig) -> None:
+    rig.do(
+        messages.OverridesCommand, overrides=[override("fixed", 0.0, tool="functions.web search")]
+    )
+    request = turn("r1", prompt(30), session="agent")
+    rig.engine.add(request)
+    rig.engine.step()
+    rig.do(messages.ToolCallCommand, tool="functions.web search")
+    rig.engine.run()
+    assert rig.engine.told["r1"]["tool"] == "web_search"
+    assert rig.pins == []
