@@ -98,18 +98,18 @@ def guardian_killed(engine: Engine) -> None:
 
 
 def full_of_equals(engine: Engine) -> None:
-    """L1 full of leased programs of the same value: the next one is refused, counted, and recomputed."""
+    """L1 full of leased programs of no less value: the next one is refused, counted, and recomputed."""
     engine.await_tier()
     names = [f"equal{i}" for i in range(10)]
     before = engine.failures().get("stage_l1_full", 0)
-    prefill = engine.half.policy.prefill
-    model = prefill.model()
-    # Of the same value, whatever is learned of this machine meanwhile.
-    prefill.model = lambda: model
+    policy = engine.half.policy
+    # Each worth half of the one before: on a slow machine equals would not be, as worth falls with time.
+    value_s, shares = policy.staged_value_s, iter(0.5**i for i in range(len(names)))
+    policy.staged_value_s = lambda *asked: next(shares) * value_s(*asked)
     try:
         turns = {name: _turn(engine, name) for name in names}
     finally:
-        del prefill.model
+        del policy.staged_value_s
     assert engine.failures()["stage_l1_full"] - before > 0
     refused = [name for name in names if _n_staged(engine, name) == 0]
     assert refused

@@ -21,11 +21,14 @@ def cpu_engine(layout: KVLayout, region: torch.Tensor) -> CopyEngine:
     return CpuCopyEngine(layout, region.numpy())
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_walks_end_with_every_byte_right(seed: int) -> None:
-    walk = Walk(seed, SMALL, torch.device("cpu"), cpu_engine)
-    walk.run()
-    assert walk.checked
+def test_walks_end_with_every_byte_right() -> None:
+    # Cancelled orders depend on time: in a single short walk all loads may be.
+    checked = 0
+    for seed in range(10):
+        walk = Walk(seed, SMALL, torch.device("cpu"), cpu_engine)
+        walk.run()
+        checked += walk.checked
+    assert checked
 
 
 def test_a_seed_is_a_walk() -> None:
