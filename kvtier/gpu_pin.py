@@ -322,6 +322,7 @@ class PinTable:
         share: str | None = None,
         written: bool = False,
         owned: bool = False,
+        owner: str | None = None,
     ) -> None:
         """Keep blocks while a copy reads or writes them.
 
@@ -331,6 +332,7 @@ class PinTable:
             share: A pin whose references the hold shares if it can.
             written: The copy writes to them: only `unhold` ends the hold.
             owned: The caller's references on the blocks become the hold's.
+            owner: A request that is about to give these blocks back: its references become the hold's.
 
         Raises:
             ValueError: `key` holds blocks already.
@@ -346,7 +348,7 @@ class PinTable:
             and np.array_equal(pin.block_ids[: len(ids)], ids)
         ):
             self._shares[pin.key] = key
-        elif not owned:
+        elif not owned and (owner is None or not self.pool.take_over(owner, ids)):
             self.pool.acquire(ids)
         if written:
             self._written.add(key)

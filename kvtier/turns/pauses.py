@@ -339,6 +339,7 @@ class Pauses:
             blocks,
             saved_s,
             self._policy.lease_s(call.tool),
+            owner=turn.request_id,
         )
 
     def _write(

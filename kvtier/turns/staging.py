@@ -123,6 +123,8 @@ class Stager:
         block_ids: Sequence[int] | BlockIds,
         value_s: float,
         lease_s: float,
+        *,
+        owner: str | None = None,
     ) -> bool:
         """Begin to stage a turn; a job of the same program whose work this one includes gives way.
 
@@ -134,6 +136,7 @@ class Stager:
                 caller at the time of the call.
             value_s: What it is worth to have it there, see `Policy.staged_value_s`.
             lease_s: How long that value holds.
+            owner: See `PinTable.hold`.
 
         Returns:
             False when there is nothing to stage.
@@ -148,7 +151,7 @@ class Stager:
             ):
                 self.cancel(other.key)
         blocks = as_block_ids(block_ids)[: len(chain) * self._chunk_blocks]
-        self._pins.hold(f"stage:{key}", blocks, share=key)
+        self._pins.hold(f"stage:{key}", blocks, share=key, owner=owner)
         strand = self.copies.strands.take(program, chain)
         self._jobs[key] = StageJob(
             key, program, strand, chain, blocks, value_s, lease_s, done, len(chain)

@@ -298,6 +298,22 @@ class PinMachine(RuleBasedStateMachine):
         self.pins.hold(f"h{self.next_key}", blocks)
         self.held[f"h{self.next_key}"] = tuple(blocks)
 
+    @rule(data=st.data(), blocks=blocks, n_kept=st.integers(1, 6))
+    def hold_what_a_request_gives_back(
+        self, data: st.DataObject, blocks: list[int], n_kept: int
+    ) -> None:
+        self.next_key += 1
+        key = f"o{self.next_key}"
+        kept = blocks[:n_kept]
+        self.pool.acquire(blocks)
+        self.pool.own[key] = blocks
+        owner = data.draw(st.sampled_from([key, "another", None]))
+        before = self.pool.counts.copy()
+        self.pins.hold(key, kept, owner=owner)
+        assert (self.pool.counts == before) is (owner == key or not kept)
+        self.held[key] = tuple(kept)
+        self.pool.release(self.pool.own.pop(key))
+
     @rule(blocks=blocks, owned=st.booleans())
     def hold_what_is_written(self, blocks: list[int], owned: bool) -> None:
         self.next_key += 1
