@@ -16,12 +16,6 @@ STAGED_TOKENS = readable(711)
 """Of 700 tokens of prompt and 12 of output, those of whole chunks."""
 
 
-def ready(engine: Engine) -> str:
-    """Wait for the tier; its generation."""
-    engine.await_tier()
-    return str(engine.half.tier.region.generation)
-
-
 def paused(engine: Engine, name: str) -> Turn:
     """A program whose KV is in the tier alone."""
     engine.set_policy(reload="always")

@@ -1,7 +1,6 @@
-"""Prefetch on vLLM's real schedulers, 0.30 to 0.33, and in a real engine with a real CPU tier.
+"""Prefetch on vLLM's real schedulers, 0.30 to 0.33, with every block's content tracked.
 
-On the schedulers, where nothing is computed, every block's content is tracked. In the engine, the tokens
-are those of plain vLLM.
+`test_turns.py` has it in a real engine with a real CPU tier.
 """
 
 from __future__ import annotations
@@ -16,10 +15,7 @@ from tests.engine.scenario_runner import Ask, Facts, Runner, scenario_asks, scen
 from tests.engine.vllm_versions import SUPPORTED, installed_version
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from tests.engine.conftest import PlainVllm
-    from tests.engine.engine_child import EngineChild
+    from collections.abc import Iterator
 
 pytestmark = [
     pytest.mark.engine,
@@ -176,31 +172,3 @@ def test_replays_worker_tells_vllm_nothing_of_a_prefetch() -> None:
     assert output.invalid_block_ids == set()
     report = output.kv_connector_worker_meta
     assert {result.order_id: result.ok for result in report.results} == {1: True, 2: True, 3: False}
-
-
-# -- a real engine ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def engine(start_engine: Callable[..., EngineChild], plain: PlainVllm) -> EngineChild:
-    child = start_engine("scenarios_prefetch", {"dram_gb": 0.25})
-    child.call("ready")
-    return child
-
-
-@pytest.mark.parametrize(
-    "scenario",
-    [
-        "prefetched",
-        "not_prefetched",
-        "prefetched_behind_gpu_blocks",
-        "prefetched_in_pieces",
-        "returns_meanwhile",
-        "prefetch_of_spoilt_bytes",
-        "failed_prefetch",
-        "reset_meanwhile",
-        "others_meanwhile",
-    ],
-)
-def test_scenario(engine: EngineChild, plain: PlainVllm, scenario: str) -> None:
-    plain.check(engine.call(scenario)["records"])

@@ -40,6 +40,15 @@ SCENARIOS = [
     "tenants",
     "adapters",
     "pressure_of_many",
+    "prefetched",
+    "not_prefetched",
+    "prefetched_behind_gpu_blocks",
+    "prefetched_in_pieces",
+    "returns_meanwhile",
+    "prefetch_of_spoilt_bytes",
+    "failed_prefetch",
+    "reset_meanwhile",
+    "others_meanwhile",
 ]
 
 
@@ -55,7 +64,8 @@ def engine(
     plain: PlainVllm,
 ) -> EngineChild:
     child = start_engine(
-        "scenarios_turns,scenarios_mishaps", {"dram_gb": 0.25, "switch_file": str(switch_file)}
+        "scenarios_turns,scenarios_mishaps,scenarios_prefetch",
+        {"dram_gb": 0.25, "switch_file": str(switch_file)},
     )
     child.call("ready")
     return child
