@@ -48,7 +48,7 @@ class _Paused:
         self.evict()
         prefetcher = self.engine.half.prefetcher
         # In pieces, as long contexts are, and all of them ordered ahead.
-        prefetcher._piece_chunks = 1
+        prefetcher._pieces._piece_chunks = 1
 
     def text(self, n_tokens: int) -> list[int]:
         return prompt_of(self.random, n_tokens)
@@ -114,7 +114,7 @@ def prefetch_slowly(*, is_async: bool) -> Facts:
     """Piece by piece, and each takes several steps."""
     case = _Paused(is_async=is_async, load_steps=5)
     case.tier.answer_after = 4
-    case.engine.half.prefetcher._window_bytes = 1
+    case.engine.half.prefetcher._pieces._window_bytes = 1
     case.ask()
     case.drive.run()
     case.drive.run(case.come_back())
@@ -147,7 +147,7 @@ def prefetch_and_return(*, is_async: bool) -> Facts:
 def prefetch_and_return_early(*, is_async: bool) -> Facts:
     """It comes back after the first of two pieces was ordered, and loads the other one itself."""
     case = _Paused(is_async=is_async, load_steps=6)
-    case.engine.half.prefetcher._window_bytes = 1
+    case.engine.half.prefetcher._pieces._window_bytes = 1
     case.ask()
     case.await_copies()
     case.drive.run(case.come_back())
@@ -157,7 +157,7 @@ def prefetch_and_return_early(*, is_async: bool) -> Facts:
 def prefetch_under_pressure(*, is_async: bool) -> Facts:
     """A request comes that needs all of the memory: it waits for the copies under way, and no longer."""
     case = _Paused(is_async=is_async, load_steps=8)
-    case.engine.half.prefetcher._window_bytes = 1
+    case.engine.half.prefetcher._pieces._window_bytes = 1
     case.ask()
     case.await_copies()
     before = case.drive.steps
@@ -255,7 +255,10 @@ class _PrefetchWalk(Walk):
 
     def step(self) -> None:
         prefetcher = self.engine.half.prefetcher
-        prefetcher._piece_chunks, prefetcher._window_bytes = 1, self.random.choice((1, 1 << 30))
+        prefetcher._pieces._piece_chunks, prefetcher._pieces._window_bytes = (
+            1,
+            self.random.choice((1, 1 << 30)),
+        )
         roll = self.random.random()
         if roll < 0.06:
             self._evict()

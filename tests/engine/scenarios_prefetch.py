@@ -81,12 +81,12 @@ def prefetched_behind_gpu_blocks(engine: Engine) -> None:
 def prefetched_in_pieces(engine: Engine) -> None:
     """Chunk by chunk, one ordered ahead."""
     prefetcher = engine.half.prefetcher
-    before = prefetcher._piece_chunks, prefetcher._window_bytes
+    before = prefetcher._pieces._piece_chunks, prefetcher._pieces._window_bytes
     first = paused(engine, "pieces")
-    prefetcher._piece_chunks, prefetcher._window_bytes = 1, 1
+    prefetcher._pieces._piece_chunks, prefetcher._pieces._window_bytes = 1, 1
     assert ask(engine, "pieces") == ("accepted", "loading")
     engine.drain()
-    prefetcher._piece_chunks, prefetcher._window_bytes = before
+    prefetcher._pieces._piece_chunks, prefetcher._pieces._window_bytes = before
     second, pinned = come_back(engine, "pieces", first)
     assert (second.cached, pinned, second.cpu) == (STAGED_TOKENS, STAGED_TOKENS, 0)
 

@@ -79,8 +79,8 @@ def ask(
 def in_pieces(engine: MiniEngine, window_chunks: int = 100) -> None:
     """Copy chunk by chunk, with so many ordered ahead."""
     prefetcher = engine.half.prefetcher
-    prefetcher._piece_chunks = 1
-    prefetcher._window_bytes = window_chunks * engine.facts.slot_bytes
+    prefetcher._pieces._piece_chunks = 1
+    prefetcher._pieces._window_bytes = window_chunks * engine.facts.slot_bytes
 
 
 def loads(engine: MiniEngine) -> list[Order]:
@@ -819,7 +819,7 @@ def test_it_is_told_and_logged() -> None:
                 told.append((request_id, entry["action"], entry["reason"]))
 
     engine = MiniEngine()
-    engine.half.prefetcher._log._follower = Follower()  # type: ignore[assignment]
+    engine.half.prefetcher._accounts._log._follower = Follower()  # type: ignore[assignment]
     paused(engine)
     ask(engine)
     engine.run()

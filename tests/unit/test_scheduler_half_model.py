@@ -53,8 +53,10 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
             pin_budget_fraction=budget,
         )
         # Prefetch in pieces, as long contexts are.
-        self.engine.half.prefetcher._piece_chunks = 1
-        self.engine.half.prefetcher._window_bytes = window_chunks * self.engine.facts.slot_bytes
+        self.engine.half.prefetcher._pieces._piece_chunks = 1
+        self.engine.half.prefetcher._pieces._window_bytes = (
+            window_chunks * self.engine.facts.slot_bytes
+        )
         self.max_tokens = (n_blocks - 2) * 4
         self.texts: dict[str, list[int]] = {}
         self.next_id = 0
@@ -270,7 +272,7 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
         assert not any(left), left
         assert not half.prefetcher.busy()
         assert (len(half.prefetcher.paused), half.prefetcher.paused.n_bytes) == (0, 0)
-        assert not half.prefetcher._lookups._reads
+        assert not half.prefetcher._lookups._reader._reads
         assert not half.room.is_short
         assert len(half.programs) == 0
         assert half.pins.release_all(ReleaseCause.SHUTDOWN) == []
