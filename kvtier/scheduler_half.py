@@ -9,7 +9,9 @@ All methods are called from the scheduler's thread. Failures are caught by `conn
 
 from __future__ import annotations
 
+import logging
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvtier.backend import TierState
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
     from kvtier.orders import OrderResult, WorkerReport
     from kvtier.turns.engine_facts import StepFacts
+
+logger = logging.getLogger(__name__)
 
 
 class SchedulerHalf(SchedulerParts):
@@ -261,13 +265,14 @@ class SchedulerHalf(SchedulerParts):
 
     def on_worker(self, report: WorkerReport) -> None:
         """The end of a step: the workers' results, and once what they measured at start."""
+        # First: a copy is reported once, and whatever fails below, its blocks must not be kept for ever.
+        self.answers.note(report.results)
         if report.calibration is not None:
             self.policy.seed_from(report.calibration)
         ended = self._steps.ended(report.step_id, self._clock())
         if ended is not None:
             self.policy.observe_step(*ended)
-        if report.results:
-            self.answers.results(report.results)
+        self.answers.take_noted()
 
     def take_stats(self) -> dict[str, Any]:
         """What was counted; while turns run, a few times a second: reading the gauges takes time."""
@@ -287,12 +292,14 @@ class SchedulerHalf(SchedulerParts):
 
     def late_results(self, results: Iterable[OrderResult]) -> bool:
         """After `shutdown`: copies have ended that wrote to blocks of ours; False when none is left."""
-        for result in self.answers.merged(results):
-            self.prefetcher.on_result(result)
+        self.answers.note(results)
+        self._end_copies()
         return self.prefetcher.n_in_flight > 0
 
     def shutdown(self, *, engine_goes_on: bool = False) -> bool:
         """Give everything back, but for blocks that copies write to where the engine goes on.
+
+        What fails is logged, and the rest is given back all the same.
 
         Args:
             engine_goes_on: kvtier ends without its engine.
@@ -300,19 +307,35 @@ class SchedulerHalf(SchedulerParts):
         Returns:
             Whether there are such blocks: the workers' results go to `late_results` then.
         """
-        writing = False
-        if hasattr(self, "prefetcher"):
-            self.stager.cancel_all()
-            self.prefetcher.stop_all()
+        bound = hasattr(self, "prefetcher")
+        if bound:
+            _try(self.stager.cancel_all)
+            _try(self.prefetcher.stop_all)
+            self._end_copies()
             if not engine_goes_on:
-                self.prefetcher.drop_all()
-            writing = self.prefetcher.n_in_flight > 0
-            self.pins.release_all(ReleaseCause.SHUTDOWN)
+                _try(self.prefetcher.drop_all)
+            _try(lambda: self.pins.release_all(ReleaseCause.SHUTDOWN))
+        _try(self._save_profile)
+        if self._link is not None:
+            _try(self._link.close)
+        _try(self.tier.close)
+        _try(self._log.close)
+        _try(self._recorder.close)
+        return bound and self.prefetcher.n_in_flight > 0
+
+    def _end_copies(self) -> None:
+        """Copies of prefetches have ended, and that is all that still matters of what workers report."""
+        for result in self.answers.rest():
+            _try(partial(self.prefetcher.on_result, result))
+
+    def _save_profile(self) -> None:
         if self._save_prefill is not None and self.policy.profile_path:
             self._save_prefill(self.policy.profile_path, list(self.policy.prefill_samples))
-        if self._link is not None:
-            self._link.close()
-        self.tier.close()
-        self._log.close()
-        self._recorder.close()
-        return writing
+
+
+def _try(part: Callable[[], object]) -> None:
+    """Do a part of the end, which must not keep the others from being done."""
+    try:
+        part()
+    except Exception:
+        logger.exception("kvtier could not end in order")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from typing import TYPE_CHECKING
 
 from kvtier.backend import StateChanged, TierBackend, TierState
@@ -51,6 +52,7 @@ class Answers:
         self._turns = turns
         self._happenings = happenings
         self._rank_results = RankResults(facts.ranks)
+        self._merged: deque[OrderResult] = deque()
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> None:
         """Take what the tier has answered; with `wait_s`, wait a moment for it."""
@@ -60,14 +62,20 @@ class Answers:
             elif not (self._stager.on_event(event, now_s) or self._prefetcher.on_event(event)):
                 self._reader.on_event(event)
 
-    def results(self, results: Iterable[OrderResult]) -> None:
-        """Take workers' results; an order counts when all ranks have reported it."""
-        for result in self.merged(results):
-            self._complete(result)
+    def note(self, results: Iterable[OrderResult]) -> None:
+        """Remember workers' results; an order counts when all ranks have reported it."""
+        self._merged.extend(self._rank_results.complete(results))
 
-    def merged(self, results: Iterable[OrderResult]) -> Iterator[OrderResult]:
-        """The orders that all ranks have reported now."""
-        return self._rank_results.complete(results)
+    def take_noted(self) -> None:
+        """Hand on what was remembered; what fails, and what comes behind it, stays for `rest`."""
+        while self._merged:
+            self._complete(self._merged[0])
+            self._merged.popleft()
+
+    def rest(self) -> Iterator[OrderResult]:
+        """What was remembered and not handed on, each once."""
+        while self._merged:
+            yield self._merged.popleft()
 
     def _tier_changed(self, event: StateChanged) -> None:
         if event.state is TierState.READY:

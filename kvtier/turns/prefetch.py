@@ -209,9 +209,11 @@ class Prefetcher:
         while prefetch.pieces and prefetch.pieces[0].copied is not None:
             piece = prefetch.pieces.popleft()
             prefetch.is_broken |= not piece.copied
-            if not prefetch.is_broken and not prefetch.is_void and self._mode.mode is Mode.ON:
-                self._keep(piece)
-            self._pieces.give_back(piece)
+            try:
+                if not prefetch.is_broken and not prefetch.is_void and self._mode.mode is Mode.ON:
+                    self._keep(piece)
+            finally:
+                self._pieces.give_back(piece)
         self._end_if_done(prefetch)
 
     def _keep(self, piece: Piece) -> None:

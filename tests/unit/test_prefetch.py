@@ -7,25 +7,34 @@ that was given away while a copy wrote to it, fails the test.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from kvtier.gpu_pin import ReleaseCause
 from kvtier.policy import PolicyConfig
-from kvtier.programs import ProgramId
 from kvtier.ttl.overrides import TtlOverride
 from kvtier.ttl.tenant_budgets import TenantBudget
 from kvtier.turns import prefetch_plan
 from kvtier.turns.live_mode import Mode
 from kvtier.turns.prefetch import RETURN_WAIT_S
 from kvtier.turns.returns import LOOKUP_DEADLINE_S
-from tests.unit.fake_vllm import BLOCK_TOKENS, FakeRequest
+from tests.unit.fake_vllm import BLOCK_TOKENS
 from tests.unit.mini_engine import MiniEngine
+from tests.unit.prefetch_cases import (
+    N_TOKENS,
+    ask,
+    ends,
+    handle,
+    in_pieces,
+    loads,
+    paused,
+    pin_of,
+    seize,
+    step_until_copying,
+)
 from tests.unit.program_cases import (
     assert_nothing_held,
-    evict,
-    expire,
     failures,
     follow_up,
     prompt,
@@ -34,13 +43,6 @@ from tests.unit.program_cases import (
     turn,
 )
 from tests.unit.virtual_tier import VirtualTier
-
-if TYPE_CHECKING:
-    from kvtier.gpu_pin import Pin
-    from kvtier.orders import Order
-
-N_TOKENS = 32
-"""Of the paused turn's 34 tokens, those that a later prompt can hit: 8 blocks, 4 chunks."""
 
 
 @pytest.fixture
@@ -52,67 +54,6 @@ def engine() -> MiniEngine:
 def tier(engine: MiniEngine) -> VirtualTier:
     assert isinstance(engine.tier, VirtualTier)
     return engine.tier
-
-
-def handle(engine: MiniEngine, session: str = "s", tenant: str | None = None) -> str:
-    return engine.facts.program_handle(ProgramId(tenant, "named", session))
-
-
-def paused(engine: MiniEngine, request_id: str = "r1", **how: Any) -> FakeRequest:
-    """A program whose KV is in the tier alone."""
-    first = turn(request_id, prompt(30), **how)
-    engine.run(first)
-    expire(engine)
-    evict(engine)
-    sources(engine)
-    return first
-
-
-def ask(
-    engine: MiniEngine, session: str = "s", ttl_s: float | None = None, tenant: str | None = None
-) -> tuple[str, str]:
-    outcome, reason, _ = engine.half.prefetch(handle(engine, session, tenant), engine.now_s, ttl_s)
-    assert total(engine, f"prefetches|{outcome}|{reason}") > 0
-    return outcome, reason
-
-
-def in_pieces(engine: MiniEngine, window_chunks: int = 100) -> None:
-    """Copy chunk by chunk, with so many ordered ahead."""
-    prefetcher = engine.half.prefetcher
-    prefetcher._pieces._piece_chunks = 1
-    prefetcher._pieces._window_bytes = window_chunks * engine.facts.slot_bytes
-
-
-def loads(engine: MiniEngine) -> list[Order]:
-    return [order for order in engine.workers.orders if order.direction == "load"]
-
-
-def pin_of(engine: MiniEngine, request_id: str = "r1") -> Pin:
-    pin = engine.half.pins.get(request_id)
-    assert pin is not None
-    return pin
-
-
-def ends(engine: MiniEngine) -> dict[str, float]:
-    found = engine.stats.totals.items()
-    return {k.removeprefix("prefetch_ends|"): n for k, n in found if k.startswith("prefetch_ends")}
-
-
-def step_until_copying(engine: MiniEngine, n_copies: int = 1) -> None:
-    for _ in range(20):
-        if engine.half.prefetcher.n_in_flight >= n_copies:
-            return
-        engine.step()
-    raise AssertionError("no copy has begun")
-
-
-def seize(engine: MiniEngine) -> list[Any]:
-    """Somebody takes all free blocks, and writes to them."""
-    blocks = engine.pool.take(engine.pool.get_num_free_blocks())
-    assert blocks is not None
-    for block in blocks:
-        block.content = "another's"
-    return blocks
 
 
 # -- what it is for --------------------------------------------------------------------------------
