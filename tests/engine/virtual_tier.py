@@ -39,6 +39,8 @@ class VirtualTier:
         n_slots: Chunks that fit.
         answer_after: Calls of `poll` until an answer comes; 0 answers in the next one. Also an
             attribute: it holds for what is asked from then on.
+
+    Raises RuntimeError where it is used after `close`.
     """
 
     region: Region | None = Region("virtual", 1 << 30, "1")
@@ -55,6 +57,7 @@ class VirtualTier:
         self._answers: list[tuple[int, TierEvent]] = []
         self._next_id = 0
         self._polls = 0
+        self._closed = False
 
     @property
     def locked_chunks(self) -> int:
@@ -118,6 +121,7 @@ class VirtualTier:
         return op_id
 
     def trim(self, lookup_id: int, keep_from: int, keep_to: int) -> None:
+        self._check_open()
         held = self._lookups.pop(lookup_id, [])
         kept = held[keep_from:keep_to]
         self._locks.subtract(held)
@@ -175,13 +179,16 @@ class VirtualTier:
         return op_id
 
     def drop(self, namespace: str, program: str) -> None:
+        self._check_open()
         del namespace
         self.dropped.append(program)
 
     def mark(self, namespace: str, program: str, activity: Activity) -> None:
+        self._check_open()
         del namespace, program, activity
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
+        self._check_open()
         del now_s, wait_s
         self._polls += 1
         due = [event for at, event in self._answers if at < self._polls]
@@ -189,7 +196,8 @@ class VirtualTier:
         return due
 
     def close(self) -> None:
-        pass
+        self._closed = True
+        self.state = TierState.AWAY
 
     # -- internals ---------------------------------------------------------------------------------
 
@@ -198,7 +206,12 @@ class VirtualTier:
         assert self.region is not None
         return self.region.generation
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the tier was closed")
+
     def _take_id(self) -> int:
+        self._check_open()
         self._next_id += 1
         return self._next_id
 

@@ -36,6 +36,8 @@ class VirtualTier:
         slot_bytes: Distance of two slots.
         answer_after: Polls that pass before an answer comes; 0 answers in the next one.
 
+    Raises RuntimeError where it is used after `close`.
+
     Attributes:
         fail: Asked for each operation (`lookup`, `reserve`, `commit`); a reason fails it.
         dropped: (namespace, program) that were dropped.
@@ -118,6 +120,7 @@ class VirtualTier:
         return op_id
 
     def trim(self, lookup_id: int, keep_from: int, keep_to: int) -> None:
+        self._check_open()
         if self.state is TierState.READY:
             self.table.trim(self._owner, lookup_id, keep_from, keep_to)
 
@@ -168,16 +171,19 @@ class VirtualTier:
         return op_id
 
     def drop(self, namespace: str, program: str) -> None:
+        self._check_open()
         self.dropped.append((namespace, program))
         if self.state is TierState.READY:
             self.table.drop(namespace, program)
 
     def mark(self, namespace: str, program: str, activity: Activity) -> None:
+        self._check_open()
         self.marked.append((program, activity))
         if self.state is TierState.READY:
             self.table.mark(self._owner, namespace, program, activity, self._now_s)
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
+        self._check_open()
         self._now_s = now_s
         self._polls += 1
         due = [event for at, event in self._answers if at < self._polls]
@@ -190,12 +196,18 @@ class VirtualTier:
 
     def close(self) -> None:
         self.closed = True
+        # As `LMCacheBridge`: who looks is told that nobody is there.
+        self.state = TierState.AWAY
 
     # -- internals ---------------------------------------------------------------------------------
 
     @property
     def _owner(self) -> str:
         return f"engine/{self._session}"
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("the tier was closed")
 
     def _start_server(self) -> None:
         self._generation += 1
@@ -204,6 +216,7 @@ class VirtualTier:
 
     def _begin(self, operation: str) -> tuple[int, bool]:
         """A new operation's id, and whether it was refused (then its event is on the way)."""
+        self._check_open()
         self._next_id += 1
         self._started.add(self._next_id)
         if self.state is not TierState.READY:
