@@ -24,7 +24,10 @@ from kvtier.turns.happenings import Happenings
 from kvtier.turns.housekeeping import Housekeeping
 from kvtier.turns.live_policy import LivePolicy
 from kvtier.turns.pauses import Load, Pauses
+from kvtier.turns.pin_charges import PinCharges
+from kvtier.turns.pin_terms import PinTerms
 from kvtier.turns.prefetch import Prefetcher
+from kvtier.turns.prefetch_plan import Wish
 from kvtier.turns.reading import TierReader
 from kvtier.turns.returns import Returns
 from kvtier.turns.room import Room
@@ -108,6 +111,8 @@ class SchedulerParts:
         self.pool = pool
         budget = int(self.facts.pin_budget_fraction * pool.n_blocks)
         self.pins = PinTable(pool, budget)
+        self._charges = PinCharges(self.facts, self.policy.ttl.budgets, self._clock)
+        self._terms = PinTerms(self.policy, self._charges)
         self.stager = Stager(
             self.tier,
             self.pins,
@@ -131,7 +136,7 @@ class SchedulerParts:
             self.stats,
             self._log,
             self._happenings,
-            self._clock,
+            self._charges,
         )
         self.arrivals = Arrivals(self.facts, self.programs, self.pins, self.policy, self.stats)
         self.pauses = Pauses(
@@ -145,6 +150,7 @@ class SchedulerParts:
             self._log,
             self.endings.unpin,
             self._happenings,
+            self._charges,
             self._clock,
         )
         self.returns = Returns(
@@ -173,6 +179,8 @@ class SchedulerParts:
             is_active=lambda program: any(t.program == program for t in self._turns.values()),
             waiting_tokens=lambda: sum(self._waiting_tokens.values()),
             is_short=lambda: self.room.is_short,
+            charges=self._charges,
+            terms=self._terms,
             clock=self._clock,
         )
         self.endings.bind(self.stager, self.returns, self.prefetcher)
@@ -234,7 +242,10 @@ class SchedulerParts:
             self.pauses,
             live_policy,
             self._happenings,
-            prefetch=self.prefetch,
+            self.live_mode,
+            self._charges,
+            self._terms,
+            prefetch=self.prefetcher.start,
             calibrate=self._measure_when_idle,
             read_load=self._load,
         )
@@ -257,7 +268,7 @@ class SchedulerParts:
         self, program: str, now_s: float, ttl_s: float | None = None
     ) -> tuple[str, str, str]:
         """A paused program is about to come back: load its KV. See `Prefetcher.start`."""
-        return self.prefetcher.start(program, now_s, ttl_s)
+        return self.prefetcher.start(program, now_s, Wish(ttl_s))
 
     def _measure_when_idle(self) -> None:
         self._measure_due = True

@@ -59,7 +59,7 @@ METRICS: dict[str, Metric] = {
     ),
     "programs": Metric("gauge", "Programs known to this engine."),
     "pinned_blocks": Metric("gauge", "GPU blocks kept by pins."),
-    "pinned_bytes": Metric("gauge", "GPU bytes kept by pins."),
+    "pinned_bytes": Metric("gauge", "GPU bytes kept by pins, of all ranks."),
     "held_blocks": Metric("gauge", "GPU blocks kept by running copies."),
     "staging_jobs": Metric("gauge", "Programs being staged now."),
     "tier_ready": Metric("gauge", "1 while the CPU tier answers, else 0."),

@@ -93,3 +93,16 @@ def joined(override: TtlBound | None, asked_s: float | None) -> TtlBound | None:
             return TtlBound("fixed", min(asked_s, override.ttl_s))
         case "floor":
             return TtlBound("fixed", max(asked_s, override.ttl_s))
+
+
+def bounded_s(bound: TtlBound | None, ttl_s: float) -> float:
+    """A TTL within what holds for it."""
+    match bound:
+        case TtlBound("fixed"):
+            return bound.ttl_s
+        case TtlBound("cap"):
+            return min(ttl_s, bound.ttl_s)
+        case TtlBound("floor"):
+            return max(ttl_s, bound.ttl_s)
+        case _:
+            return ttl_s

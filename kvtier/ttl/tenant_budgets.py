@@ -1,14 +1,15 @@
 """Budgets of tenants: how much pinned GPU memory each may use, in bytes times seconds.
 
 A token bucket a tenant: it holds at most one period's byte-seconds, starts full and refills evenly. A pin
-reserves all that it can use, its bytes times its TTL, and what it did not use is given back when it ends:
-so a tenant never uses more than it has, whatever its programs do.
+is charged for all that it can use, its bytes times its TTL, and what it did not use is given back when it
+ends: so a tenant never uses more than it has, whatever its programs do. Never more is given back than was
+charged, as pins may be older than the budget.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class TenantBudget:
 class _Account:
     left: float
     since_s: float
+    charged: dict[str, float] = field(default_factory=dict)
+    """By pin, what it was charged for."""
 
 
 class TenantBudgets:
@@ -82,17 +85,25 @@ class TenantBudgets:
         limit_s = self._account(tenant, now_s).left / n_bytes
         return limit_s if limit_s >= SHORTEST_PIN_S else 0.0
 
-    def reserve(self, tenant: str | None, n_bytes: int, ttl_s: float, now_s: float) -> None:
-        """A pin begins."""
-        if tenant in self._budgets:
-            self._account(tenant, now_s).left -= n_bytes * ttl_s
+    def left(self, tenant: str | None, now_s: float) -> float:
+        """Byte-seconds that the tenant may still use; inf where it is not limited."""
+        return self._account(tenant, now_s).left if tenant in self._budgets else math.inf
 
-    def give_back(self, tenant: str | None, n_bytes: int, unused_s: float, now_s: float) -> None:
-        """A pin has ended `unused_s` before its TTL."""
+    def charge(self, tenant: str | None, pin: str, byte_seconds: float, now_s: float) -> None:
+        """A pin may use so much more than it could before; less, where it is negative."""
+        if tenant not in self._budgets:
+            return
+        account = self._account(tenant, now_s)
+        charged = account.charged.get(pin, 0.0)
+        byte_seconds = max(byte_seconds, -charged)
+        account.left = min(self._budgets[tenant].byte_seconds, account.left - byte_seconds)
+        account.charged[pin] = charged + byte_seconds
+
+    def ended(self, tenant: str | None, pin: str, unused: float, now_s: float) -> None:
+        """A pin has ended, and so many byte-seconds before its TTL."""
         if tenant in self._budgets:
-            account = self._account(tenant, now_s)
-            whole = self._budgets[tenant].byte_seconds
-            account.left = min(whole, account.left + n_bytes * max(0.0, unused_s))
+            self.charge(tenant, pin, -max(0.0, unused), now_s)
+            del self._accounts[tenant].charged[pin]
 
     def _account(self, tenant: str | None, now_s: float) -> _Account:
         budget = self._budgets[tenant]

@@ -18,6 +18,7 @@ from kvtier.programs import ProgramId, bounded_name
 from kvtier.tools.names import tool_label
 from kvtier.ttl.announcements import Announcement, announced_curve
 from kvtier.ttl.overrides import TtlOverride
+from kvtier.turns.prefetch_plan import Wish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
     from kvtier.turns.endings import Endings
     from kvtier.turns.engine_facts import EngineFacts
     from kvtier.turns.happenings import Happenings
+    from kvtier.turns.live_mode import LiveMode
     from kvtier.turns.live_policy import LivePolicy
     from kvtier.turns.pauses import Load, Pauses
+    from kvtier.turns.pin_charges import PinCharges
+    from kvtier.turns.pin_terms import Granted, PinTerms
+    from kvtier.turns.prefetch_plan import Answer
     from kvtier.turns.staging import Stager
 
 logger = logging.getLogger(__name__)
@@ -68,8 +73,11 @@ class Commands:
         pauses: Pauses,
         live_policy: LivePolicy,
         happenings: Happenings,
+        mode: LiveMode,
+        charges: PinCharges,
+        terms: PinTerms,
         *,
-        prefetch: Callable[[str, float, float | None], tuple[str, str, str]],
+        prefetch: Callable[[str, float, Wish], Answer],
         calibrate: Callable[[], None],
         read_load: Callable[[], Load],
     ) -> None:
@@ -84,6 +92,9 @@ class Commands:
         self._pauses = pauses
         self._live_policy = live_policy
         self._happenings = happenings
+        self._mode = mode
+        self._charges = charges
+        self._terms = terms
         self._prefetch_program = prefetch
         self._calibrate = calibrate
         self._read_load = read_load
@@ -134,29 +145,32 @@ class Commands:
             case messages.StageCommand():
                 return self._stage(program, view.last_tool)
             case messages.PrefetchCommand():
-                return self._prefetch(program, now_s, None)
+                return self._prefetch(program, now_s, Wish())
             case messages.ToolReturnCommand():
                 return self._tool_returned(program, now_s)
 
     # -- pauses ------------------------------------------------------------------------------------
 
     def _pin(self, program: str, ttl_s: float, now_s: float) -> Result:
-        limit_s = self._policy.config.max_ttl_s
-        granted_s = min(ttl_s, limit_s)
         pins = self._pins.of_program(program)
-        if pins:
-            for pin in pins:
-                extra_s = self._affordable_s(pin, now_s + granted_s - pin.deadline_s, now_s)
-                self._set_deadline(pin, pin.deadline_s + extra_s)
-            granted_s = min(granted_s, min(pin.deadline_s for pin in pins) - now_s)
-            tokens = sum(len(pin.block_ids) for pin in pins) * self._facts.block_tokens
-            done = Result("accepted", "pinned", f"{tokens} tokens for {granted_s:g} s from now")
-        else:
-            done = self._prefetch(program, now_s, granted_s)
-        if done.outcome == "accepted" and granted_s < ttl_s:
-            reason = "max_ttl" if granted_s >= limit_s else "tenant_budget"
-            return Result("clipped", reason, f"{done.detail}; max_ttl_s is {limit_s:g}")
-        return done
+        if not pins:
+            return self._prefetch(program, now_s, Wish(ttl_s, is_explicit=True))
+        given = [granted for pin in pins if (granted := self._repin(pin, ttl_s, now_s)).ttl_s > 0]
+        if not given:
+            return Result("rejected", "ttl", "an override, a setting or a budget forbids it")
+        least = min(given)
+        tokens = sum(len(pin.block_ids) for pin in pins) * self._facts.block_tokens
+        told = f"{tokens} tokens for {least.ttl_s:.4g} s from now"
+        if least.limit:
+            return Result("clipped", least.limit, told)
+        return Result("accepted", "pinned", told)
+
+    def _repin(self, pin: Pin, ttl_s: float, now_s: float) -> Granted:
+        """Let a pin last for so long from now on, as far as that is granted."""
+        granted = self._granted(pin, ttl_s, now_s)
+        if granted.ttl_s > 0:
+            self._set_deadline(pin, now_s + granted.ttl_s)
+        return granted
 
     def _release(self, program: str) -> Result:
         pins = self._pins.of_program(program)
@@ -205,26 +219,25 @@ class Commands:
         )
         return tokens - staged
 
-    def _prefetch(self, program: str, now_s: float, ttl_s: float | None) -> Result:
-        outcome, reason, detail = self._prefetch_program(program, now_s, ttl_s)
+    def _prefetch(self, program: str, now_s: float, wish: Wish) -> Result:
+        outcome, reason, detail = self._prefetch_program(program, now_s, wish)
         return Result(_checked(outcome), reason, detail)
 
     def _tool_returned(self, program: str, now_s: float) -> Result:
-        grace_s = min(RETURN_GRACE_S, self._policy.config.max_ttl_s)
         for pin in self._pins.of_program(program):
             # It must not end in the last moment.
-            extra_s = self._affordable_s(pin, now_s + grace_s - pin.deadline_s, now_s)
-            if extra_s > 0:
-                self._set_deadline(pin, pin.deadline_s + extra_s)
-        return self._prefetch(program, now_s, grace_s)
+            until_s = now_s + self._granted(pin, RETURN_GRACE_S, now_s).ttl_s
+            if until_s > pin.deadline_s:
+                self._set_deadline(pin, until_s)
+        return self._prefetch(program, now_s, Wish(RETURN_GRACE_S))
 
-    def _affordable_s(self, pin: Pin, extra_s: float, now_s: float) -> float:
-        """How much longer a pin may last, of what is asked for: its tenant's budget is the limit."""
-        if extra_s <= 0 or not isinstance(pin.data, PinnedTurn):
-            return extra_s
-        n_bytes = len(pin.block_ids) * self._facts.block_bytes
-        left_s = self._policy.ttl.budgets.ttl_limit_s(pin.data.tenant, n_bytes, now_s)
-        return min(extra_s, left_s)
+    def _granted(self, pin: Pin, asked_s: float, now_s: float) -> Granted:
+        """For how long a pin may last from now on."""
+        data = pin.data
+        tool, tenant = (data.tool, data.tenant) if isinstance(data, PinnedTurn) else (None, None)
+        return self._terms.granted(
+            pin.program, tool, tenant, asked_s, len(pin.block_ids), now_s, pin
+        )
 
     def _tool_call(
         self,
@@ -299,7 +312,7 @@ class Commands:
     # -- internals ---------------------------------------------------------------------------------
 
     def _set_deadline(self, pin: Pin, deadline_s: float) -> None:
-        self._endings.charge(pin, deadline_s - pin.deadline_s)
+        self._charges.moves(pin, deadline_s)
         self._pins.set_deadline(pin.key, deadline_s)
         self._happenings.pinned(pin)
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvtier.backend import TierBackend, TierState
-from kvtier.costs.pinned_turn import PinnedTurn
-from kvtier.gpu_pin import Pin, PinTable, ReleaseCause
+from kvtier.gpu_pin import PinTable, ReleaseCause
 from kvtier.programs import TurnResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kvtier.admission import AdmissionController
     from kvtier.gpu_pin import Released
     from kvtier.policy import Policy
@@ -21,6 +18,7 @@ if TYPE_CHECKING:
     from kvtier.turns.decision_log import DecisionLog
     from kvtier.turns.engine_facts import EngineFacts
     from kvtier.turns.happenings import Happenings
+    from kvtier.turns.pin_charges import PinCharges
     from kvtier.turns.prefetch import Prefetcher
     from kvtier.turns.returns import Returns
     from kvtier.turns.staging import Stager
@@ -45,7 +43,7 @@ class Endings:
         stats: Stats,
         log: DecisionLog,
         happenings: Happenings,
-        clock: Callable[[], float],
+        charges: PinCharges,
     ) -> None:
         self._facts = facts
         self._tier = tier
@@ -56,7 +54,7 @@ class Endings:
         self._stats = stats
         self._log = log
         self._happenings = happenings
-        self._clock = clock
+        self._charges = charges
 
     def bind(self, stager: Stager, returns: Returns, prefetcher: Prefetcher) -> None:
         """Receive those who remember programs, and themselves end pins through this."""
@@ -69,7 +67,7 @@ class Endings:
         for item in released:
             if item is None:
                 continue
-            self._give_back(item.pin)
+            self._charges.ends(item.pin)
             self._stats.count("pin_releases", 1, item.cause)
             if item.cause in _NATURAL_ENDS or item.cause is ReleaseCause.PRESSURE:
                 self._policy.ttl.observe_pin_end(broken=item.cause is ReleaseCause.PRESSURE)
@@ -78,21 +76,6 @@ class Endings:
                 self._log.write("release", item.pin.program, item.pin.key, entry)
             if not self._pins.of_program(item.pin.program):
                 self._admission.on_kv_released(item.pin.program)
-
-    def _give_back(self, pin: Pin) -> None:
-        """A tenant is charged only for the time that its pin lasted."""
-        budgets, data = self._policy.ttl.budgets, pin.data
-        if budgets and isinstance(data, PinnedTurn):
-            now_s = self._clock()
-            n_bytes = len(pin.block_ids) * self._facts.block_bytes
-            budgets.give_back(data.tenant, n_bytes, pin.deadline_s - now_s, now_s)
-
-    def charge(self, pin: Pin, extra_s: float) -> None:
-        """A pin lasts for so much longer than it was to (or shorter): its tenant is charged for it."""
-        budgets, data = self._policy.ttl.budgets, pin.data
-        if budgets and isinstance(data, PinnedTurn):
-            n_bytes = len(pin.block_ids) * self._facts.block_bytes
-            budgets.reserve(data.tenant, n_bytes, extra_s, self._clock())
 
     def unpin(self, key: str, cause: ReleaseCause) -> None:
         """End a pin, if there is one."""

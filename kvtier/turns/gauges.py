@@ -51,7 +51,9 @@ class Gauges:
         gauge = self._stats.gauge
         gauge("programs", len(self._programs))
         gauge("pinned_blocks", self._pins.pinned_blocks)
-        gauge("pinned_bytes", self._pins.pinned_blocks * self._facts.block_bytes)
+        gauge(
+            "pinned_bytes", self._pins.pinned_blocks * self._facts.block_bytes * self._facts.ranks
+        )
         gauge("held_blocks", self._pins.held_blocks)
         gauge("staging_jobs", self._stager.n_jobs)
         gauge("queue_delay_seconds", self._policy.queue_delay_s(self._waiting_tokens()))

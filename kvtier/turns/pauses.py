@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from kvtier.backend import TierBackend, TierState
 from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.gpu_pin import Pin, ReleaseCause
 from kvtier.policy import PauseFacts, Policy, describe_costs
-from kvtier.programs import bounded_name
+from kvtier.turns.pin_terms import tenant_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from kvtier.turns.decision_log import DecisionLog
     from kvtier.turns.engine_facts import EngineFacts
     from kvtier.turns.happenings import Happenings
+    from kvtier.turns.pin_charges import PinCharges
     from kvtier.turns.staging import Stager
     from kvtier.turns.turn import Turn
 
@@ -66,6 +66,7 @@ class Pauses:
         log: DecisionLog,
         release: Callable[[str, ReleaseCause], None],
         happenings: Happenings,
+        charges: PinCharges,
         clock: Callable[[], float],
     ) -> None:
         self._facts = facts
@@ -78,6 +79,7 @@ class Pauses:
         self._log = log
         self._release = release
         self._happenings = happenings
+        self._charges = charges
         self._clock = clock
 
     def regret_s_per_block(self, pin: Pin, now_s: float) -> float:
@@ -192,7 +194,7 @@ class Pauses:
                 is_tool_call=True,
                 staged_tokens=min(confirmed, data.n_tokens),
                 tier_available=True,
-                reserved_s=max(0.0, pin.deadline_s - announcement.at_s),
+                mine=pin,
                 tierable=bool(data.strand),
                 budget_left_blocks=len(pin.block_ids),
                 hint_ttl_s=None,
@@ -210,18 +212,12 @@ class Pauses:
         now_s: float,
         reusable_blocks: int,
         tier_available: bool,
-        reserved_s: float = 0.0,
+        mine: Pin | None = None,
         **rest: Any,
     ) -> PauseFacts:
-        """The engine at this moment, and `rest` of what `PauseFacts` asks for.
-
-        `reserved_s` is how much of its tenant's budget a pin has reserved already, as seconds of itself.
-        """
-        ttl, salt = self._policy.ttl, bounded_name(tenant) if tenant else None
-        limit_s = math.inf
-        if ttl.budgets:
-            n_bytes = reusable_blocks * self._facts.block_bytes
-            limit_s = ttl.budgets.ttl_limit_s(salt, n_bytes, now_s) + reserved_s
+        """The engine at this moment, and `rest` of what `PauseFacts` asks for; `mine` is the pin that is there."""
+        ttl, salt = self._policy.ttl, tenant_of(tenant)
+        limit_s = self._charges.limit_s(salt, reusable_blocks, now_s, mine)
         return PauseFacts(
             now_s=now_s,
             tool=tool,
@@ -270,10 +266,7 @@ class Pauses:
         ):
             return 0
         self._stats.sample("ttl_seconds", decision.ttl_s)
-        budgets = self._policy.ttl.budgets
-        if budgets:
-            n_bytes = len(keep) * self._facts.block_bytes
-            budgets.reserve(data.tenant, n_bytes, decision.ttl_s, now_s)
+        self._charges.begins(mine)
         self._happenings.pinned(mine)
         return len(keep)
 
@@ -294,7 +287,7 @@ class Pauses:
         decision: Decision,
     ) -> PinnedTurn:
         block_tokens = self._facts.block_tokens
-        terms, salt = decision.terms, turn.request.cache_salt
+        terms = decision.terms
         announced = self._policy.ttl.announcements.of(turn.program)
         return PinnedTurn(
             tool=call.tool,
@@ -306,7 +299,7 @@ class Pauses:
             chain=copy[1],
             miss_unstaged_s=terms.miss_unstaged_s if terms is not None else 0.0,
             miss_staged_s=terms.miss_staged_s if terms is not None else 0.0,
-            tenant=bounded_name(salt) if salt else None,
+            tenant=tenant_of(turn.request.cache_salt),
             announced=announced.curve if announced is not None else None,
             announced_s=announced.at_s if announced is not None else 0.0,
         )

@@ -20,7 +20,7 @@ from kvtier.turns.prefetch_accounts import PrefetchAccounts
 from kvtier.turns.prefetch_lookups import PrefetchLookups
 from kvtier.turns.prefetch_pieces import PrefetchPieces
 from kvtier.turns.prefetch_pins import PrefetchPins
-from kvtier.turns.prefetch_plan import Answer, Planner, Spare
+from kvtier.turns.prefetch_plan import Answer, Planner, Spare, Wish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from kvtier.turns.decision_log import DecisionLog
     from kvtier.turns.engine_facts import EngineFacts
     from kvtier.turns.happenings import Happenings
+    from kvtier.turns.pin_charges import PinCharges
+    from kvtier.turns.pin_terms import PinTerms
     from kvtier.turns.prefetch_jobs import Piece, Prefetch
     from kvtier.turns.staged_copies import StagedCopies
     from kvtier.turns.turn import Turn
@@ -68,6 +70,8 @@ class Prefetcher:
         is_active: Callable[[str], bool],
         waiting_tokens: Callable[[], int],
         is_short: Callable[[], bool],
+        charges: PinCharges,
+        terms: PinTerms,
         clock: Callable[[], float],
     ) -> None:
         self._facts = facts
@@ -77,7 +81,7 @@ class Prefetcher:
         self._clock = clock
         self._accounts = PrefetchAccounts(facts, stats, log, happenings, clock)
         self.paused = PausedTurns()
-        self._pinning = PrefetchPins(facts, pins, copies, policy, happenings)
+        self._pinning = PrefetchPins(facts, pins, copies, policy, happenings, charges, terms)
         spare = Spare(facts, pool, pins, is_short, waiting_tokens)
         self._planner = Planner(
             facts,
@@ -142,19 +146,19 @@ class Prefetcher:
 
     # -- the beginning -----------------------------------------------------------------------------
 
-    def start(self, program: str, now_s: float, ttl_s: float | None = None) -> Answer:
+    def start(self, program: str, now_s: float, wish: Wish) -> Answer:
         """Begin to load what the tier holds of a program's last paused turn.
 
         Args:
             program: Its handle, see `EngineFacts.program_handle`.
             now_s: Monotonic time.
-            ttl_s: For how long it is to be pinned then; None to go by how long programs stay away.
+            wish: For how long it is to be pinned then.
 
         Returns:
             What became of it; counted.
         """
         pieces = self._pieces.in_flight()
-        answer, prefetch = self._planner.plan(program, now_s, ttl_s, self._going, pieces)
+        answer, prefetch = self._planner.plan(program, now_s, wish, self._going, pieces)
         if prefetch is not None:
             self._lookups.ask(prefetch)
             self._going[program] = prefetch

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvtier.costs.pinned_turn import PinnedTurn
-from kvtier.programs import bounded_name
+from kvtier.turns.pin_terms import tenant_of
 
 if TYPE_CHECKING:
     from kvtier.block_ids import BlockIds
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from kvtier.turns.engine_facts import EngineFacts
     from kvtier.turns.happenings import Happenings
     from kvtier.turns.paused_turns import PausedTurn
+    from kvtier.turns.pin_charges import PinCharges
+    from kvtier.turns.pin_terms import Granted, PinTerms
     from kvtier.turns.prefetch_jobs import Prefetch
     from kvtier.turns.staged_copies import StagedCopies
 
@@ -33,54 +35,58 @@ class PrefetchPins:
         copies: StagedCopies,
         policy: Policy,
         happenings: Happenings,
+        charges: PinCharges,
+        terms: PinTerms,
     ) -> None:
         self._facts = facts
         self._pins = pins
         self._copies = copies
         self._policy = policy
         self._happenings = happenings
+        self._charges = charges
+        self._terms = terms
 
-    def ttl_s(
-        self, program: str, turn: PausedTurn, n_blocks: int, asked_s: float | None, now_s: float
-    ) -> float:
-        """For how long a prefetch of so many blocks is pinned; 0 where an operator forbids it.
+    def granted(
+        self,
+        program: str,
+        turn: PausedTurn,
+        n_blocks: int,
+        asked_s: float | None,
+        now_s: float,
+        mine: Pin | None,
+    ) -> Granted:
+        """For how long a prefetch of so many blocks may be pinned; see `PinTerms.granted`."""
+        tenant = tenant_of(turn.salt)
+        return self._terms.granted(program, turn.tool, tenant, asked_s, n_blocks, now_s, mine)
 
-        Args:
-            program: Whose turn it is.
-            turn: The turn.
-            n_blocks: Blocks that are to be pinned in the end.
-            asked_s: What the client or a command asks for; None: as long as programs stay away at most.
-            now_s: Monotonic time.
-        """
-        ttl, tenant = self._policy.ttl, _tenant(turn)
-        override = ttl.overrides.bound(now_s, program=program, tool=turn.tool, tenant=tenant)
-        chosen_s = self._policy.lease_s(turn.tool) if asked_s is None else asked_s
-        bound = ttl.bound(asked_s, override)
-        if bound is not None:
-            match bound.mode:
-                case "fixed":
-                    chosen_s = bound.ttl_s
-                case "cap":
-                    chosen_s = min(chosen_s, bound.ttl_s)
-                case "floor":
-                    chosen_s = max(chosen_s, bound.ttl_s)
-        limit_s = ttl.budgets.ttl_limit_s(tenant, n_blocks * self._facts.block_bytes, now_s)
-        return min(chosen_s, self._policy.config.max_ttl_s, limit_s)
+    def affordable_blocks(self, prefetch: Prefetch, now_s: float) -> float:
+        """How many more blocks its tenant can pay for, for as long as it is to be pinned."""
+        tenant = tenant_of(prefetch.turn.salt)
+        return self._charges.affordable_blocks(tenant, prefetch.deadline_s - now_s, now_s)
 
     def lives(self, prefetch: Prefetch) -> bool:
         """Whether the pin is there, or was not needed yet."""
         return not prefetch.is_pinned or prefetch.key in self._pins
 
     def grow(self, prefetch: Prefetch, block_ids: BlockIds, now_s: float) -> str:
-        """Pin the turn's next blocks, one at least; or return why not: `pin_ended` or `budget`."""
+        """Pin the turn's next blocks, one at least; or why not: `pin_ended`, `budget` or `tenant_budget`."""
         pin, n_ready = self._pins.get(prefetch.key), prefetch.n_ready + len(block_ids)
-        left_s = prefetch.deadline_s - now_s
+        if pin is None and (prefetch.is_pinned or prefetch.deadline_s <= now_s):
+            return "pin_ended"
+        if pin is not None:
+            # A command may have moved it.
+            prefetch.deadline_s = pin.deadline_s
+        if len(block_ids) > self.affordable_blocks(prefetch, now_s):
+            return "tenant_budget"
+        data = self._data(prefetch, n_ready)
         if pin is None:
-            if prefetch.is_pinned or left_s <= 0:
-                return "pin_ended"
-            data = self._data(prefetch, n_ready)
             if not self._pins.pin(
-                prefetch.key, prefetch.program, block_ids, now_s=now_s, ttl_s=left_s, data=data
+                prefetch.key,
+                prefetch.program,
+                block_ids,
+                now_s=now_s,
+                ttl_s=prefetch.deadline_s - now_s,
+                data=data,
             ):
                 return "budget"
             pin = self._pins.get(prefetch.key)
@@ -88,34 +94,26 @@ class PrefetchPins:
         else:
             if not self._pins.extend(prefetch.key, block_ids):
                 return "budget"
-            new = self._data(prefetch, n_ready)
             if isinstance(pin.data, PinnedTurn):
                 pin.data = replace(
                     pin.data,
-                    n_tokens=new.n_tokens,
-                    prompt_blocks=new.prompt_blocks,
-                    staged_tokens=new.staged_tokens,
+                    n_tokens=data.n_tokens,
+                    prompt_blocks=data.prompt_blocks,
+                    staged_tokens=data.staged_tokens,
                 )
-        self._charge(prefetch, len(block_ids), left_s, now_s)
+        self._charges.grows(pin, len(block_ids))
         prefetch.n_ready, prefetch.is_pinned = n_ready, True
         self._happenings.pinned(pin)
         return ""
 
-    def adopt(self, prefetch: Prefetch, pin: Pin, now_s: float) -> None:
+    def adopt(self, prefetch: Prefetch, pin: Pin) -> None:
         """Go on with the turn's own pin, which keeps its head; it lasts no shorter than it was to."""
-        longer_s = prefetch.deadline_s - pin.deadline_s
-        if longer_s > 0:
-            self._charge(prefetch, len(pin.block_ids), longer_s, now_s)
+        if prefetch.deadline_s > pin.deadline_s:
+            self._charges.moves(pin, prefetch.deadline_s)
             self._pins.set_deadline(pin.key, prefetch.deadline_s)
             self._happenings.pinned(pin)
         prefetch.deadline_s = pin.deadline_s
         prefetch.n_ready, prefetch.is_pinned = len(pin.block_ids), True
-
-    def _charge(self, prefetch: Prefetch, n_blocks: int, seconds: float, now_s: float) -> None:
-        budgets = self._policy.ttl.budgets
-        if budgets:
-            n_bytes = n_blocks * self._facts.block_bytes
-            budgets.reserve(_tenant(prefetch.turn), n_bytes, seconds, now_s)
 
     def _data(self, prefetch: Prefetch, n_blocks: int) -> PinnedTurn:
         turn, facts = prefetch.turn, self._facts
@@ -130,13 +128,9 @@ class PrefetchPins:
             strand=self._copies.strands.find(prefetch.program, turn.chain),
             miss_unstaged_s=prefetch.miss_s[0],
             miss_staged_s=prefetch.miss_s[1],
-            tenant=_tenant(turn),
+            tenant=tenant_of(turn.salt),
             chain=turn.chain,
         )
         if announced is None:
             return data
         return replace(data, announced=announced.curve, announced_s=announced.at_s)
-
-
-def _tenant(turn: PausedTurn) -> str | None:
-    return bounded_name(turn.salt) if turn.salt else None

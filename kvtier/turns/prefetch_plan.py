@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kvtier.backend import TierBackend, TierState
 from kvtier.block_ids import as_block_ids
@@ -28,6 +28,18 @@ HEADROOM_SHARE: Final = 32
 
 Answer = tuple[str, str, str]
 """Outcome (accepted, clipped, rejected, missing), reason, and figures for people."""
+
+
+class Wish(NamedTuple):
+    """For how long a prefetched turn is to be pinned.
+
+    Attributes:
+        ttl_s: Seconds from now; None to go by how long programs stay away.
+        is_explicit: A client has named it: it is told where it gets another one.
+    """
+
+    ttl_s: float | None = None
+    is_explicit: bool = False
 
 
 class Spare:
@@ -102,7 +114,7 @@ class Planner:
         self,
         program: str,
         now_s: float,
-        ttl_s: float | None,
+        wish: Wish,
         going: Mapping[str, Prefetch],
         in_flight: Collection[Piece],
     ) -> tuple[Answer, Prefetch | None]:
@@ -111,7 +123,7 @@ class Planner:
         Args:
             program: Handle of the program.
             now_s: Monotonic time.
-            ttl_s: See `Prefetcher.start`.
+            wish: For how long it is to be pinned.
             going: The prefetches that are under way, by program.
             in_flight: The pieces that copies write now, of stopped ones too.
         """
@@ -130,20 +142,24 @@ class Planner:
                 return ("rejected", "no_tier", f"the CPU tier is {self._tier.state}"), None
             return ("missing", "no_kv", "neither GPU memory nor CPU tier holds KV of it"), None
         end = max(end, n_here)
-        chosen_s = self._pinning.ttl_s(program, turn, end, ttl_s, now_s)
-        if chosen_s <= 0:
-            why = "its TTL is 0: by an override, the settings, or the tenant's budget"
-            return ("rejected", "ttl", why), None
+        granted = self._pinning.granted(program, turn, end, wish.ttl_s, now_s, pin)
+        if granted.ttl_s <= 0:
+            return ("rejected", "ttl", f"its TTL is 0: {granted.limit or 'asked for'}"), None
         miss_s = self._miss_s(end * self._facts.block_tokens)
-        prefetch = Prefetch(program, turn, now_s, now_s + chosen_s, miss_s, n_here, end)
+        prefetch = Prefetch(program, turn, now_s, now_s + granted.ttl_s, miss_s, n_here, end)
         if pin is not None:
-            self._pinning.adopt(prefetch, pin, now_s)
-        if len(more) and self._pinning.grow(prefetch, more, now_s):
-            return ("rejected", "budget", "no place for it among the pins"), None
+            self._pinning.adopt(prefetch, pin)
+        refused = self._pinning.grow(prefetch, more, now_s) if len(more) else ""
+        if refused:
+            told = "no place for all of it among the pins"
+            return ("rejected" if pin is None else "clipped", refused, told), None
         planned = sum(other.end_block - other.next_block for other in going.values())
         coming = sum(len(piece.block_ids) for piece in in_flight)
-        prefetch.end_block, limit = self._affordable(n_here, end, planned, coming)
-        told = self._told(prefetch.end_block, turn.n_blocks)
+        payable = self._pinning.affordable_blocks(prefetch, now_s)
+        prefetch.end_block, limit = self._affordable(n_here, end, planned, coming, payable)
+        told = self._told(prefetch, turn.n_blocks)
+        if wish.is_explicit:
+            limit = limit or granted.limit
         if prefetch.end_block > n_here:
             return (("clipped", limit, told) if limit else ("accepted", "loading", told)), prefetch
         if not limit:
@@ -179,7 +195,9 @@ class Planner:
             chunks = min(chunks, config.reload_first_chunks)
         return min(chunks, turn.n_blocks // self._facts.chunk_blocks) * self._facts.chunk_blocks
 
-    def _affordable(self, n_here: int, end: int, planned: int, coming: int) -> tuple[int, str]:
+    def _affordable(
+        self, n_here: int, end: int, planned: int, coming: int, payable: float
+    ) -> tuple[int, str]:
         """The last block that there is room for, at a chunk's end, and what the limit was.
 
         Args:
@@ -187,16 +205,19 @@ class Planner:
             end: Blocks that are wanted.
             planned: Blocks that other prefetches will take.
             coming: Blocks that they have taken, and that are not pinned yet.
+            payable: Blocks that its tenant can pay for.
         """
         if end <= n_here:
             return end, ""
         memory = self._spare.memory_blocks() - planned
         budget = self._spare.budget_blocks(planned + coming)
-        n_blocks = max(0, min(memory, budget))
+        n_blocks = int(max(0, min(memory, budget, payable)))
         if n_blocks >= end - n_here:
             return end, ""
         per_chunk = self._facts.chunk_blocks
         clipped = max(n_here, (n_here + n_blocks) // per_chunk * per_chunk)
+        if payable < min(memory, budget):
+            return clipped, "tenant_budget"
         return clipped, "memory" if memory <= budget else "budget"
 
     def _miss_s(self, n_tokens: int) -> tuple[float, float]:
@@ -208,6 +229,7 @@ class Planner:
         compute_s = costs.get("recompute", self._policy.prefill.model().seconds(0, n_tokens))
         return compute_s, min(costs.values(), default=choice.predicted_load_s)
 
-    def _told(self, n_blocks: int, of_blocks: int) -> str:
+    def _told(self, prefetch: Prefetch, of_blocks: int) -> str:
         tokens = self._facts.block_tokens
-        return f"{n_blocks * tokens} of {of_blocks * tokens} tokens"
+        ttl_s = prefetch.deadline_s - prefetch.begun_s
+        return f"{prefetch.end_block * tokens} of {of_blocks * tokens} tokens, for {ttl_s:.4g} s"

@@ -104,16 +104,27 @@ def test_only_tenants_with_a_budget_are_limited() -> None:
 def test_a_pin_uses_the_budget_and_gives_back_what_it_did_not_use() -> None:
     budgets = TenantBudgets()
     budgets.replace([TenantBudget("acme", 1000.0, 1e9)])
-    budgets.reserve("acme", 100, 10.0, 0.0)
+    budgets.charge("acme", "r1", 1000.0, 0.0)
     assert budgets.ttl_limit_s("acme", 100, 0.0) == 0.0
-    budgets.give_back("acme", 100, 4.0, 6.0)
+    budgets.ended("acme", "r1", 400.0, 6.0)
     assert budgets.ttl_limit_s("acme", 100, 6.0) == pytest.approx(4.0, abs=1e-3)
+
+
+def test_no_more_is_given_back_than_was_charged() -> None:
+    budgets = TenantBudgets()
+    budgets.replace([TenantBudget("acme", 1000.0, 1e9)])
+    budgets.charge("acme", "r1", 600.0, 0.0)
+    budgets.ended("acme", "r0", 500.0, 0.0)
+    assert budgets.left("acme", 0.0) == 400.0
+    budgets.charge("acme", "r1", -700.0, 0.0)
+    budgets.ended("acme", "r1", 500.0, 0.0)
+    assert budgets.left("acme", 0.0) == 1000.0
 
 
 def test_a_budget_is_refilled_evenly_and_never_overflows() -> None:
     budgets = TenantBudgets()
     budgets.replace([TenantBudget("acme", 1000.0, 10.0)])
-    budgets.reserve("acme", 100, 10.0, 0.0)
+    budgets.charge("acme", "r1", 1000.0, 0.0)
     assert budgets.ttl_limit_s("acme", 1, 5.0) == pytest.approx(500.0)
     assert budgets.ttl_limit_s("acme", 1, 1e6) == pytest.approx(1000.0)
 
@@ -121,7 +132,7 @@ def test_a_budget_is_refilled_evenly_and_never_overflows() -> None:
 def test_a_change_of_budget_does_not_forget_what_was_used() -> None:
     budgets = TenantBudgets()
     budgets.replace([TenantBudget("acme", 1000.0, 10.0)])
-    budgets.reserve("acme", 100, 10.0, 0.0)
+    budgets.charge("acme", "r1", 1000.0, 0.0)
     budgets.replace([TenantBudget("acme", 2000.0, 10.0)])
     assert budgets.ttl_limit_s("acme", 1, 0.0) == 0.0
     budgets.replace([])
@@ -141,13 +152,13 @@ def test_a_tenant_never_uses_more_than_its_budget(
     budgets = TenantBudgets()
     budgets.replace([TenantBudget("t", whole, period_s)])
     now_s = used = 0.0
-    for asked_s, n_bytes, share in pins:
+    for i, (asked_s, n_bytes, share) in enumerate(pins):
         ttl_s = min(asked_s, budgets.ttl_limit_s("t", n_bytes, now_s))
-        budgets.reserve("t", n_bytes, ttl_s, now_s)
+        budgets.charge("t", f"r{i}", n_bytes * ttl_s, now_s)
         lasted_s = share * ttl_s
         now_s += lasted_s
         used += lasted_s * n_bytes
-        budgets.give_back("t", n_bytes, ttl_s - lasted_s, now_s)
+        budgets.ended("t", f"r{i}", n_bytes * (ttl_s - lasted_s), now_s)
         assert used <= whole + now_s * whole / period_s + 1e-6 * (1 + used)
 
 

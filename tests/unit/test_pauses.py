@@ -20,6 +20,7 @@ from kvtier.turns.block_pool import VllmBlockPool
 from kvtier.turns.decision_log import DecisionLog
 from kvtier.turns.happenings import Happenings
 from kvtier.turns.pauses import Load, Pauses
+from kvtier.turns.pin_charges import PinCharges
 from kvtier.turns.staging import Stager
 from kvtier.turns.turn import Turn
 from tests.unit.fake_vllm import BLOCK_TOKENS, CHUNK_TOKENS, FakePool, FakeRequest, engine_facts
@@ -73,6 +74,7 @@ class Rig:
             self.log,
             self._release,
             Happenings(),
+            PinCharges(self.facts, self.policy.ttl.budgets, lambda: 100.0),
             lambda: 100.0 + 250e-6,
         )
         self.pauses.regret_s_per_block = (  # type: ignore[method-assign]
