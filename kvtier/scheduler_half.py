@@ -178,7 +178,9 @@ class SchedulerHalf(SchedulerParts):
         if turn.tierable and self.tier.state is TierState.READY:
             chain = self.returns.chain_of(turn, len(reusable) * self.facts.block_tokens)
             if not aborted:
-                self.prefetcher.remember(turn, call.tool, len(reusable), chain)
+                self.prefetcher.paused.turn_paused(
+                    turn, call.tool, len(reusable), chain, self.facts.block_tokens
+                )
         told = self.pauses.decide(
             turn,
             call,

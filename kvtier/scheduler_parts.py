@@ -23,6 +23,7 @@ from kvtier.turns.gauges import Gauges
 from kvtier.turns.happenings import Happenings
 from kvtier.turns.housekeeping import Housekeeping
 from kvtier.turns.live_policy import LivePolicy
+from kvtier.turns.pause_commands import PauseCommands
 from kvtier.turns.pauses import Load, Pauses
 from kvtier.turns.pin_charges import PinCharges
 from kvtier.turns.pin_terms import PinTerms
@@ -213,6 +214,7 @@ class SchedulerParts:
             self.stats,
             self.pins,
             self.stager,
+            self.prefetcher,
             self.programs,
             self.endings,
             self._control() if self._link is not None else None,
@@ -230,22 +232,30 @@ class SchedulerParts:
             regret=lambda pin: self.pauses.regret_s_per_block(pin, self._clock()),
         )
         self.live_policy = live_policy
-        commands = Commands(
+        paused = PauseCommands(
             self.facts,
             self.tier,
-            self.programs,
             self.pins,
             self.stager,
+            self.prefetcher,
+            self.policy,
+            self.endings,
+            self._happenings,
+            self.live_mode,
+            self._charges,
+            self._terms,
+        )
+        commands = Commands(
+            self.facts,
+            self.programs,
+            self.pins,
             self.policy,
             self.stats,
             self.endings,
             self.pauses,
             live_policy,
             self._happenings,
-            self.live_mode,
-            self._charges,
-            self._terms,
-            prefetch=self.prefetcher.start,
+            paused,
             calibrate=self._measure_when_idle,
             read_load=self._load,
         )

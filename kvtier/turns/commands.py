@@ -1,24 +1,23 @@
 """Commands of operators and clients, applied between steps. Each has one answer, and none can fail the engine.
 
-A command is about the present pause: of a program whose turn is under way there is nothing to pin, stage or
-give up. What was done is told with figures, for people; outcome and reason are for programs.
+Those about a program's KV are in `pause_commands`, as they are about the present pause: of a program whose turn
+is under way there is nothing to pin, stage or give up. What was done is told with figures, for people; outcome and reason are for programs.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from kvtier import link_messages as messages
-from kvtier.backend import TierBackend, TierState
 from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.gpu_pin import ReleaseCause
 from kvtier.programs import ProgramId, bounded_name
 from kvtier.tools.names import tool_label
 from kvtier.ttl.announcements import Announcement, announced_curve
 from kvtier.ttl.overrides import TtlOverride
-from kvtier.turns.prefetch_plan import Wish
+from kvtier.turns.pause_commands import Result
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,30 +29,13 @@ if TYPE_CHECKING:
     from kvtier.turns.endings import Endings
     from kvtier.turns.engine_facts import EngineFacts
     from kvtier.turns.happenings import Happenings
-    from kvtier.turns.live_mode import LiveMode
     from kvtier.turns.live_policy import LivePolicy
+    from kvtier.turns.pause_commands import PauseCommands
     from kvtier.turns.pauses import Load, Pauses
-    from kvtier.turns.pin_charges import PinCharges
-    from kvtier.turns.pin_terms import Granted, PinTerms
-    from kvtier.turns.prefetch_plan import Answer
-    from kvtier.turns.staging import Stager
 
 logger = logging.getLogger(__name__)
 
-RETURN_GRACE_S: Final = 60.0
-"""A program whose tool has returned is waited for at least so long."""
-
-
-class Result(NamedTuple):
-    """What became of a command."""
-
-    outcome: messages.Outcome
-    reason: str
-    detail: str = ""
-
-
 UNKNOWN: Final = Result("missing", "unknown_program", "this engine does not know the program")
-NO_KV: Final = Result("missing", "no_kv", "no KV of the program is known in GPU memory or CPU tier")
 RUNNING: Final = Result("rejected", "running", "a turn of the program is under way")
 
 
@@ -63,39 +45,29 @@ class Commands:
     def __init__(
         self,
         facts: EngineFacts,
-        tier: TierBackend,
         programs: ProgramTable,
         pins: PinTable,
-        stager: Stager,
         policy: Policy,
         stats: Stats,
         endings: Endings,
         pauses: Pauses,
         live_policy: LivePolicy,
         happenings: Happenings,
-        mode: LiveMode,
-        charges: PinCharges,
-        terms: PinTerms,
+        paused: PauseCommands,
         *,
-        prefetch: Callable[[str, float, Wish], Answer],
         calibrate: Callable[[], None],
         read_load: Callable[[], Load],
     ) -> None:
         self._facts = facts
-        self._tier = tier
         self._programs = programs
         self._pins = pins
-        self._stager = stager
         self._policy = policy
         self._stats = stats
         self._endings = endings
         self._pauses = pauses
         self._live_policy = live_policy
         self._happenings = happenings
-        self._mode = mode
-        self._charges = charges
-        self._terms = terms
-        self._prefetch_program = prefetch
+        self._paused = paused
         self._calibrate = calibrate
         self._read_load = read_load
 
@@ -139,105 +111,17 @@ class Commands:
             return RUNNING
         match command:
             case messages.PinCommand(ttl_s=ttl_s):
-                return self._pin(program, ttl_s, now_s)
+                return self._paused.pin(program, ttl_s, now_s)
             case messages.ReleaseCommand():
-                return self._release(program)
+                return self._paused.release(program)
             case messages.StageCommand():
-                return self._stage(program, view.last_tool)
+                return self._paused.stage(program, view.last_tool)
             case messages.PrefetchCommand():
-                return self._prefetch(program, now_s, Wish())
+                return self._paused.prefetch(program, now_s)
             case messages.ToolReturnCommand():
-                return self._tool_returned(program, now_s)
+                return self._paused.tool_returned(program, now_s)
 
-    # -- pauses ------------------------------------------------------------------------------------
-
-    def _pin(self, program: str, ttl_s: float, now_s: float) -> Result:
-        pins = self._pins.of_program(program)
-        if not pins:
-            return self._prefetch(program, now_s, Wish(ttl_s, is_explicit=True))
-        given = [granted for pin in pins if (granted := self._repin(pin, ttl_s, now_s)).ttl_s > 0]
-        if not given:
-            return Result("rejected", "ttl", "an override, a setting or a budget forbids it")
-        least = min(given)
-        tokens = sum(len(pin.block_ids) for pin in pins) * self._facts.block_tokens
-        told = f"{tokens} tokens for {least.ttl_s:.4g} s from now"
-        if least.limit:
-            return Result("clipped", least.limit, told)
-        return Result("accepted", "pinned", told)
-
-    def _repin(self, pin: Pin, ttl_s: float, now_s: float) -> Granted:
-        """Let a pin last for so long from now on, as far as that is granted."""
-        granted = self._granted(pin, ttl_s, now_s)
-        if granted.ttl_s > 0:
-            self._set_deadline(pin, now_s + granted.ttl_s)
-        return granted
-
-    def _release(self, program: str) -> Result:
-        pins = self._pins.of_program(program)
-        if not pins:
-            return Result("missing", "no_pin", "no KV of the program is pinned")
-        blocks = sum(len(pin.block_ids) for pin in pins)
-        copied = any(self._pins.is_all_held(pin) for pin in pins)
-        self._endings.note(*self._pins.unpin_program(program, ReleaseCause.COMMAND))
-        if copied:
-            return Result(
-                "clipped", "staging", f"{blocks} blocks are free when their copy has ended"
-            )
-        return Result("accepted", "released", f"{blocks} blocks")
-
-    def _stage(self, program: str, tool: str | None) -> Result:
-        if self._tier.state is not TierState.READY:
-            return Result("rejected", "no_tier", f"the CPU tier is {self._tier.state}")
-        staged = self._staged_tokens(program)
-        known = Result("accepted", "staged", f"{staged} tokens are in the CPU tier already")
-        pins = self._pins.of_program(program)
-        if not pins:
-            return known if staged else NO_KV
-        begun = 0
-        for pin in pins:
-            begun += self._stage_pin(pin, tool)
-        return Result("accepted", "staging", f"{begun} tokens") if begun else known
-
-    def _stage_pin(self, pin: Pin, tool: str | None) -> int:
-        """Begin to copy what a pin keeps; returns how many tokens, 0 where the tier has them all."""
-        data = pin.data
-        if not isinstance(data, PinnedTurn) or data.chain is None:
-            return 0
-        chain = data.chain.head(
-            min(len(pin.block_ids) // self._facts.chunk_blocks, len(data.chain))
-        )
-        tokens = len(chain) * self._facts.chunk_tokens
-        staged = self._stager.copies.chunks_of(pin.program, chain) * self._facts.chunk_tokens
-        value_s = self._policy.staged_value_s(tool, tokens)
-        lease_s = self._policy.lease_s(tool)
-        if self._stager.is_staging(pin.key) or not self._stager.start(
-            pin.key, pin.program, chain, pin.block_ids, value_s, lease_s
-        ):
-            return 0
-        pin.data = replace(
-            data, strand=self._stager.copies.strands.find(pin.program, chain), staged_tokens=tokens
-        )
-        return tokens - staged
-
-    def _prefetch(self, program: str, now_s: float, wish: Wish) -> Result:
-        outcome, reason, detail = self._prefetch_program(program, now_s, wish)
-        return Result(_checked(outcome), reason, detail)
-
-    def _tool_returned(self, program: str, now_s: float) -> Result:
-        for pin in self._pins.of_program(program):
-            # It must not end in the last moment.
-            until_s = now_s + self._granted(pin, RETURN_GRACE_S, now_s).ttl_s
-            if until_s > pin.deadline_s:
-                self._set_deadline(pin, until_s)
-        return self._prefetch(program, now_s, Wish(RETURN_GRACE_S))
-
-    def _granted(self, pin: Pin, asked_s: float, now_s: float) -> Granted:
-        """For how long a pin may last from now on."""
-        data = pin.data
-        tool, tenant = (data.tool, data.tenant) if isinstance(data, PinnedTurn) else (None, None)
-        return self._terms.granted(
-            pin.program, tool, tenant, asked_s, len(pin.block_ids), now_s, pin
-        )
+    # -- tools -------------------------------------------------------------------------------------
 
     def _tool_call(
         self,
@@ -268,7 +152,7 @@ class Commands:
             return "kept"
         if decision.stage:
             # Before the pin ends: the copy takes over its references.
-            self._stage_pin(pin, announcement.tool)
+            self._paused.stage_pin(pin, announcement.tool)
         if decision.action != "pin":
             self._endings.unpin(pin.key, ReleaseCause.COMMAND)
             return f"{decision.action} ({decision.reason})"
@@ -279,7 +163,7 @@ class Commands:
                 announced=announcement.curve,
                 announced_s=announcement.at_s,
             )
-        self._set_deadline(pin, announcement.at_s + decision.ttl_s)
+        self._paused.set_deadline(pin, announcement.at_s + decision.ttl_s)
         return f"pinned for {decision.ttl_s:.3g} s ({decision.reason})"
 
     def _end(self, view: ProgramView, program: str, now_s: float) -> Result:
@@ -309,30 +193,7 @@ class Commands:
             return TtlOverride("tenant", bounded_name(override.tenant), mode, ttl_s, expires_s)
         return TtlOverride("all", "", mode, ttl_s, expires_s)
 
-    # -- internals ---------------------------------------------------------------------------------
-
-    def _set_deadline(self, pin: Pin, deadline_s: float) -> None:
-        self._charges.moves(pin, deadline_s)
-        self._pins.set_deadline(pin.key, deadline_s)
-        self._happenings.pinned(pin)
-
-    def _staged_tokens(self, program: str) -> int:
-        copies = self._stager.copies
-        chunks = max(map(copies.confirmed_chunks, copies.strands.names(program)), default=0)
-        return chunks * self._facts.chunk_tokens
-
 
 def _program_id(key: messages.ProgramKey) -> ProgramId:
     tenant = bounded_name(key.tenant) if key.tenant else None
     return ProgramId(tenant, "named" if key.named else "anonymous", bounded_name(key.name))
-
-
-def _checked(outcome: str) -> messages.Outcome:
-    known: dict[str, messages.Outcome] = {
-        "accepted": "accepted",
-        "clipped": "clipped",
-        "deferred": "deferred",
-        "rejected": "rejected",
-        "missing": "missing",
-    }
-    return known[outcome]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvtier.turns.answers import Answers
     from kvtier.turns.control import Control
     from kvtier.turns.endings import Endings
+    from kvtier.turns.prefetch import Prefetcher
     from kvtier.turns.staging import Stager
 
 FORGET_INTERVAL_S: Final = 1.0
@@ -28,6 +29,7 @@ class Housekeeping:
         stats: Stats,
         pins: PinTable,
         stager: Stager,
+        prefetcher: Prefetcher,
         programs: ProgramTable,
         endings: Endings,
         control: Control | None = None,
@@ -37,6 +39,7 @@ class Housekeeping:
         self._stats = stats
         self._pins = pins
         self._stager = stager
+        self._prefetcher = prefetcher
         self._programs = programs
         self._endings = endings
         self._control = control
@@ -52,8 +55,10 @@ class Housekeeping:
         if mode is not self._seen_mode:
             self._seen_mode = mode
             self._stats.due()
-            if mode is Mode.OFF:
+            if mode is not Mode.ON:
+                # In shadow mode too: what was decided there is not done.
                 self._stager.cancel_all()
+                self._prefetcher.switched_off()
                 self._endings.note(*self._pins.release_all(ReleaseCause.OFF))
         self._endings.note(*self._pins.expire(now_s))
         if now_s >= self._next_forget_s:

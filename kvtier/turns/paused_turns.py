@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from kvtier.chunk_keys import ChunkChain
+    from kvtier.turns.turn import Turn
 
 MAX_BYTES = 64 << 20
 """Hashes that are kept in all, some 300 programs of 100k tokens; who paused longest ago gives way."""
@@ -80,6 +81,22 @@ class PausedTurns:
     def get(self, program: str) -> PausedTurn | None:
         """The program's last paused turn."""
         return self._turns.get(program)
+
+    def turn_paused(
+        self, turn: Turn, tool: str | None, n_blocks: int, chain: ChunkChain, block_tokens: int
+    ) -> None:
+        """A turn has paused, whose first `n_blocks` blocks a later prompt can hit; see `remember`."""
+        request = turn.request
+        self.remember(
+            turn.program,
+            turn.request_id,
+            request.block_hashes,
+            n_blocks,
+            chain,
+            prompt_blocks=request.num_prompt_tokens // block_tokens,
+            tool=tool,
+            salt=request.cache_salt,
+        )
 
     def remember(
         self,

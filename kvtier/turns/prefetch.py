@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from kvtier.backend import TierBackend, TierState
-from kvtier.turns.live_mode import LiveMode, Mode
 from kvtier.turns.paused_turns import PausedTurns
 from kvtier.turns.prefetch_accounts import PrefetchAccounts
 from kvtier.turns.prefetch_lookups import PrefetchLookups
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvtier.backend import OperationEvent
-    from kvtier.chunk_keys import ChunkChain
     from kvtier.gpu_pin import PinTable
     from kvtier.orders import Order, OrderIds, OrderResult
     from kvtier.policy import Policy
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
     from kvtier.turns.decision_log import DecisionLog
     from kvtier.turns.engine_facts import EngineFacts
     from kvtier.turns.happenings import Happenings
+    from kvtier.turns.live_mode import LiveMode
     from kvtier.turns.pin_charges import PinCharges
     from kvtier.turns.pin_terms import PinTerms
     from kvtier.turns.prefetch_jobs import Piece, Prefetch
@@ -77,7 +76,6 @@ class Prefetcher:
         self._facts = facts
         self._tier = tier
         self._pool = pool
-        self._mode = mode
         self._clock = clock
         self._accounts = PrefetchAccounts(facts, stats, log, happenings, clock)
         self.paused = PausedTurns()
@@ -119,29 +117,9 @@ class Prefetcher:
 
     def delays(self, turn: Turn, now_s: float) -> bool:
         """Whether a request is to be asked again, as KV of its prompt is on its way."""
-        for piece in self._pieces.of_program(turn.program):
-            prefetch = piece.prefetch
-            if prefetch.is_void or prefetch.is_broken:
-                continue
-            if prefetch.returned_s is None or now_s - prefetch.returned_s >= RETURN_WAIT_S:
-                continue
-            hashes = turn.request.block_hashes
-            if piece.start < len(hashes) and hashes[piece.start] == piece.hashes[0]:
-                return True
-        return False
-
-    def remember(self, turn: Turn, tool: str | None, n_blocks: int, chain: ChunkChain) -> None:
-        """A turn has paused, whose first `n_blocks` blocks a later prompt can hit."""
-        request = turn.request
-        self.paused.remember(
-            turn.program,
-            turn.request_id,
-            request.block_hashes,
-            n_blocks,
-            chain,
-            prompt_blocks=request.num_prompt_tokens // self._facts.block_tokens,
-            tool=tool,
-            salt=request.cache_salt,
+        return any(
+            prefetch.returned_s is not None and now_s - prefetch.returned_s < RETURN_WAIT_S
+            for prefetch in self._pieces.bringing(turn.program, turn.request.block_hashes)
         )
 
     # -- the beginning -----------------------------------------------------------------------------
@@ -199,9 +177,6 @@ class Prefetcher:
         return True
 
     def _reason_to_stop(self, prefetch: Prefetch, now_s: float) -> str:
-        if self._mode.mode is not Mode.ON:
-            prefetch.is_void = True
-            return "mode"
         if self._tier.state is not TierState.READY:
             return "no_tier"
         if not self._pinning.lives(prefetch):
@@ -214,7 +189,7 @@ class Prefetcher:
             piece = prefetch.pieces.popleft()
             prefetch.is_broken |= not piece.copied
             try:
-                if not prefetch.is_broken and not prefetch.is_void and self._mode.mode is Mode.ON:
+                if not prefetch.is_broken and not prefetch.is_void:
                     self._keep(piece)
             finally:
                 self._pieces.give_back(piece)
@@ -247,11 +222,22 @@ class Prefetcher:
     def forget(self, program: str) -> None:
         """The program is over."""
         self.paused.forget(program)
-        for piece in self._pieces.of_program(program):
-            piece.prefetch.is_void = True
-        prefetch = self._going.get(program)
-        if prefetch is not None:
-            self._stop(prefetch, "ended")
+        self._void(self._all(program), "ended")
+
+    def release(self, program: str) -> int | None:
+        """The program's KV is given up: load nothing more of it, and pin nothing of what is on its way.
+
+        Returns:
+            Blocks that copies still write to; None where nothing was being loaded.
+        """
+        stopped = [prefetch for prefetch in self._all(program) if not prefetch.is_void]
+        self._void(stopped, "released")
+        coming = sum(len(p.block_ids) for p in self._pieces.of_program(program))
+        return coming if stopped else None
+
+    def switched_off(self) -> None:
+        """Kvtier is not on any more: hold nothing but what copies still write to."""
+        self._void(self._all(), "mode")
 
     def tier_lost(self) -> None:
         """The tier came or went: what is locked is no longer ours, but for pieces that are ordered."""
@@ -261,7 +247,7 @@ class Prefetcher:
 
     def before_reset(self) -> None:
         """The prefix cache is about to be reset: hold nothing, and let nothing be hit that was loaded before."""
-        self._void_all("reset")
+        self._void(self._all(), "reset")
         self._pieces.suspend()
 
     def after_reset(self) -> None:
@@ -270,13 +256,13 @@ class Prefetcher:
 
     def new_epoch(self, namespace: str) -> None:
         """The weights may have changed: what paused before is not to be read again."""
-        self._void_all("reset")
+        self._void(self._all(), "reset")
         self._lookups.new_epoch(namespace)
         self.paused.clear()
 
     def stop_all(self) -> None:
         """Order nothing more, and give back what no worker knows of."""
-        self._void_all("shutdown")
+        self._void(self._all(), "shutdown")
         for order in self._pieces.take_orders():
             self._drop(order.order_id)
 
@@ -288,17 +274,22 @@ class Prefetcher:
 
     # -- internals ---------------------------------------------------------------------------------
 
-    def _void_all(self, reason: str) -> None:
+    def _all(self, program: str | None = None) -> list[Prefetch]:
+        """Those that have not ended, of one program or of all."""
+        prefetches = (
+            *(piece.prefetch for piece in self._pieces.in_flight()),
+            *self._going.values(),
+        )
+        # Each once, in an order that does not depend on chance.
+        return [p for p in dict.fromkeys(prefetches) if program in (None, p.program)]
+
+    def _void(self, prefetches: list[Prefetch], reason: str) -> None:
         """Let nothing be hit of what is on its way; only what copies still write to is kept."""
-        prefetches = {id(p.prefetch): p.prefetch for p in self._pieces.in_flight()}
-        for prefetch in (*prefetches.values(), *self._going.values()):
+        for prefetch in prefetches:
             prefetch.is_void = True
-        for prefetch in prefetches.values():
-            landed = [piece for piece in prefetch.pieces if piece.copied is not None]
-            for piece in landed:
+            for piece in [piece for piece in prefetch.pieces if piece.copied is not None]:
                 prefetch.pieces.remove(piece)
                 self._pieces.give_back(piece)
-        for prefetch in list(self._going.values()):
             self._stop(prefetch, reason)
 
     def _drop(self, order_id: int) -> None:

@@ -14,7 +14,7 @@ from kvtier.turns.prefetch_jobs import Piece
 from kvtier.turns.staging import IN_FLIGHT_BYTES, ORDER_DEADLINE_S
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Sequence
 
     from kvtier.gpu_pin import PinTable
     from kvtier.orders import OrderIds
@@ -65,6 +65,15 @@ class PrefetchPieces:
     def of_program(self, program: str) -> Iterator[Piece]:
         """Those of a program."""
         return (piece for piece in self._in_flight.values() if piece.prefetch.program == program)
+
+    def bringing(self, program: str, hashes: Sequence[bytes]) -> Iterator[Prefetch]:
+        """The prefetches that bring a piece of a prompt with these hashes, to be hit."""
+        for piece in self.of_program(program):
+            prefetch = piece.prefetch
+            if prefetch.is_void or prefetch.is_broken:
+                continue
+            if piece.start < len(hashes) and hashes[piece.start] == piece.hashes[0]:
+                yield prefetch
 
     # -- orders ------------------------------------------------------------------------------------
 

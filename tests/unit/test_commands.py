@@ -10,6 +10,7 @@ from kvtier import link_messages as messages
 from kvtier.backend import NoTier
 from kvtier.link_messages import ProgramKey
 from tests.unit.command_cases import AGENT, Rig, agent_turn, override
+from tests.unit.prefetch_cases import ends, in_pieces, loads, paused, step_until_copying
 from tests.unit.program_cases import assert_nothing_held, evict, follow_up, prompt, total, turn
 from tests.unit.virtual_tier import VirtualTier
 
@@ -49,6 +50,39 @@ def test_release_frees_the_blocks_of_an_idle_engine_at_once(rig: Rig) -> None:
     assert (answer.outcome, answer.reason, answer.detail) == ("accepted", "released", "8 blocks")
     assert rig.engine.pool.references == {}
     assert ("release", "command") in rig.link.told
+    again = rig.do(messages.ReleaseCommand)
+    assert (again.outcome, again.reason) == ("missing", "no_pin")
+
+
+@pytest.mark.parametrize("moment", ["asked", "copying", "stopped", "pinned"])
+def test_a_release_stops_a_prefetch(rig: Rig, moment: str) -> None:
+    """Nothing of it is pinned any more, nor will be."""
+    engine = rig.engine
+    in_pieces(engine, 1)
+    paused(engine, session="agent")
+    engine.workers.delay = 3
+    assert rig.do(messages.ToolReturnCommand).outcome == "accepted"
+    if moment != "asked":
+        step_until_copying(engine)
+    if moment == "stopped":
+        prefetcher = engine.half.prefetcher
+        prefetcher._stop(next(iter(prefetcher._going.values())), "memory")
+    while moment == "pinned" and not rig.pins:
+        engine.step()
+    answer = rig.do(messages.ReleaseCommand)
+    in_flight = engine.half.prefetcher.n_in_flight
+    assert (answer.outcome, answer.reason) == (
+        ("clipped", "loading") if in_flight else ("accepted", "released")
+    )
+    assert "prefetch" in answer.detail
+    assert rig.pins == []
+    ordered = len(loads(engine))
+    engine.run()
+    assert rig.pins == []
+    assert len(loads(engine)) == ordered, "nothing more is loaded"
+    assert engine.pool.references == {}
+    if moment != "stopped":
+        assert ends(engine) == {"released": 1}
     again = rig.do(messages.ReleaseCommand)
     assert (again.outcome, again.reason) == ("missing", "no_pin")
 
@@ -97,6 +131,37 @@ def test_staging_on_command_copies_what_the_pause_did_not(rig: Rig) -> None:
     assert (again.outcome, again.reason) == ("accepted", "staged")
 
 
+@pytest.mark.parametrize("mode", ["shadow", "off"])
+def test_nothing_is_held_unless_kvtier_is_on(rig: Rig, mode: str) -> None:
+    agent_turn(rig, hints={"stage": False})
+    assert rig.pins
+    rig.do(messages.PolicyCommand, mode=mode)
+    rig.engine.wake()
+    assert rig.pins == []
+    assert rig.engine.pool.references == {}
+    for command in (
+        (messages.PinCommand, {"ttl_s": 60.0}),
+        (messages.StageCommand, {}),
+        (messages.PrefetchCommand, {}),
+        (messages.ToolReturnCommand, {}),
+    ):
+        answer = rig.do(command[0], **command[1])
+        assert (answer.outcome, answer.reason) == ("rejected", "mode"), command
+        assert mode in answer.detail
+    assert rig.engine.pool.references == {}
+    assert isinstance(rig.engine.tier, VirtualTier)
+    assert rig.engine.tier.table.counts()["chunks"] == 0
+
+
+def test_commands_that_come_with_the_one_that_switches_off_are_refused(rig: Rig) -> None:
+    agent_turn(rig, hints={"stage": False})
+    rig.send(messages.PolicyCommand, mode="shadow")
+    rig.send(messages.PinCommand, ttl_s=60.0)
+    assert rig.do(messages.StageCommand).reason == "mode"
+    assert [answer.reason for answer in rig.link.answers] == ["changed", "mode", "mode"]
+    assert rig.engine.pool.references == {}
+
+
 def test_staging_without_a_tier_is_rejected() -> None:
     rig = Rig(tier=NoTier())
     agent_turn(rig)
@@ -122,6 +187,35 @@ def test_a_returned_tool_keeps_the_pin_for_a_while(rig: Rig) -> None:
     answer = rig.do(messages.ToolReturnCommand)
     assert (answer.outcome, answer.reason) == ("accepted", "in_gpu")
     assert rig.left_s() == pytest.approx(60.0)
+
+
+@pytest.mark.parametrize("kind", [messages.ToolReturnCommand, messages.PrefetchCommand])
+def test_a_program_that_is_pinned_needs_no_tier_to_be_awaited(
+    kind: type[messages.Command],
+) -> None:
+    rig = Rig(tier=NoTier())
+    agent_turn(rig)
+    rig.do(messages.PinCommand, ttl_s=1.0)
+    answer = rig.do(kind)
+    assert (answer.outcome, answer.reason) == ("accepted", "in_gpu")
+    assert "32 tokens" in answer.detail
+    assert rig.left_s() == pytest.approx(60.0 if kind is messages.ToolReturnCommand else 1.0)
+    rig.do(messages.ReleaseCommand)
+    again = rig.do(kind)
+    assert (again.outcome, again.reason) == ("missing", "no_kv")
+
+
+def test_what_cannot_be_loaded_besides_the_pin_is_said(rig: Rig) -> None:
+    """The first blocks are pinned, and GPU memory has no place for the rest."""
+    engine = rig.engine
+    paused(engine, session="agent")
+    others = engine.pool.take(35)
+    assert others is not None
+    rig.do(messages.ToolReturnCommand)
+    engine.run()
+    assert 0 < len(rig.pins[0].block_ids) < 8
+    assert rig.do(messages.ToolReturnCommand).outcome == "clipped"
+    engine.pool.free_blocks(others)
 
 
 # -- tools -----------------------------------------------------------------------------------------
