@@ -42,13 +42,15 @@ class LiveMode:
         self._complained: str | None = None
         self.mode = configured
 
-    def set(self, mode: Mode) -> bool:
-        """An operator's command: as if `mode` were configured. False where the switch file says otherwise."""
-        self._configured = mode
-        if self._switch_file is None or not self._switch_file.exists():
+    def can_set(self, mode: Mode) -> bool:
+        """Whether a command can set the mode; not where a switch file says otherwise."""
+        return self._switch_file is None or not self._switch_file.exists() or self._read() is mode
+
+    def set(self, mode: Mode) -> None:
+        """An operator's command, see `can_set`: as if `mode` were configured."""
+        if mode is not self.mode:
             logger.warning("kvtier mode is now %s (was %s), by command", mode, self.mode)
-            self.mode = mode
-        return self.mode is mode
+        self._configured = self.mode = mode
 
     def refresh(self, now_s: float) -> Mode:
         """The mode at `now_s`; reads the file at most once in `CHECK_INTERVAL_S`."""

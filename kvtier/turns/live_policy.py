@@ -88,26 +88,34 @@ class LivePolicy:
             _check(fraction, command.max_ttl_s)
         except ValueError as error:
             return "rejected", "out_of_range", str(error)
+        mode = self._mode.mode if command.mode is None else Mode(command.mode)
+        if command.mode is not None and not self._mode.can_set(mode):
+            return "rejected", "switch_file", "the switch file sets the mode; nothing is changed"
+        yielding = self._to_end(fraction)
+        # From here on nothing can fail.
         self._admission.config = admission
         self._policy.config = policy
         if command.tenant_budgets is not None:
             self._policy.ttl.budgets.replace(budgets)
         if fraction is not None:
-            self._set_budget(fraction)
-        if command.mode is not None and not self._mode.set(Mode(command.mode)):
-            return "clipped", "switch_file", "the switch file sets the mode; the rest is changed"
+            self._budget_fraction = fraction
+            self._pins.budget_blocks = self._blocks(fraction)
+        if command.mode is not None:
+            self._mode.set(mode)
+        for pin in yielding:
+            if self._pins.pinned_blocks <= self._pins.budget_blocks:
+                break
+            self._endings.unpin(pin.key, ReleaseCause.BUDGET)
         return "accepted", "changed", ""
 
-    def _set_budget(self, fraction: float) -> None:
-        """Pins may hold this share now; those of least regret end until they do."""
-        self._budget_fraction = fraction
-        self._pins.budget_blocks = int(fraction * self._total_blocks)
-        if self._pins.pinned_blocks <= self._pins.budget_blocks:
-            return
-        for pin in self._pins.in_release_order(self._regret):
-            self._endings.unpin(pin.key, ReleaseCause.BUDGET)
-            if self._pins.pinned_blocks <= self._pins.budget_blocks:
-                return
+    def _to_end(self, fraction: float | None) -> list[Pin]:
+        """Pins in the order in which they end, those of least regret first, until the rest fits the share."""
+        if fraction is None or self._pins.pinned_blocks <= self._blocks(fraction):
+            return []
+        return self._pins.in_release_order(self._regret)
+
+    def _blocks(self, fraction: float) -> int:
+        return int(fraction * self._total_blocks)
 
 
 def _given(**values: object) -> dict[str, Any]:

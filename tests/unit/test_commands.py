@@ -15,6 +15,8 @@ from tests.unit.program_cases import assert_nothing_held, evict, follow_up, prom
 from tests.unit.virtual_tier import VirtualTier
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kvtier.orders import StepOrders
 
 
@@ -312,6 +314,56 @@ def test_a_policy_out_of_range_changes_nothing(rig: Rig) -> None:
     assert (answer.outcome, answer.reason) == ("rejected", "out_of_range")
     assert "aging_s" in answer.detail
     assert answer.policy == before
+
+
+@pytest.mark.parametrize("content", ["on", "nonsense"])
+def test_where_a_switch_file_sets_the_mode_a_command_changes_nothing(
+    tmp_path: Path, content: str
+) -> None:
+    switch = tmp_path / "switch"
+    switch.write_text(content)
+    rig = Rig(switch_file=switch)
+    before = rig.do(messages.PolicyCommand).policy
+    answer = rig.do(messages.PolicyCommand, mode="off", max_ttl_s=7.0, stage=False)
+    assert (answer.outcome, answer.reason) == ("rejected", "switch_file")
+    assert answer.policy == before
+    switch.unlink()
+    rig.engine.now_s += 2.0
+    rig.engine.wake()
+    assert rig.do(messages.PolicyCommand).policy == before
+    assert rig.do(messages.PolicyCommand, mode="off", max_ttl_s=7.0).outcome == "accepted"
+
+
+def test_a_command_that_agrees_with_the_switch_file_is_taken(tmp_path: Path) -> None:
+    switch = tmp_path / "switch"
+    switch.write_text("shadow\n")
+    rig = Rig(switch_file=switch)
+    answer = rig.do(messages.PolicyCommand, mode="shadow", max_ttl_s=7.0)
+    assert answer.outcome == "accepted"
+    assert answer.policy is not None
+    assert (answer.policy.mode, answer.policy.max_ttl_s) == ("shadow", 7.0)
+
+
+def test_a_change_that_fails_leaves_everything_as_it_was(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent_turn(rig)
+    before = rig.do(messages.PolicyCommand).policy
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(rig.engine.half.pauses, "regret_s_per_block", fail)
+    answer = rig.do(
+        messages.PolicyCommand,
+        mode="shadow",
+        max_ttl_s=7.0,
+        pin_budget_fraction=0.1,
+        tenant_budgets=[messages.TenantBudget(None, 1, 1.0)],
+    )
+    assert (answer.outcome, answer.reason) == ("rejected", "internal")
+    assert answer.policy == before
+    assert rig.pins
 
 
 def test_a_smaller_budget_ends_pins_until_it_holds(rig: Rig) -> None:
