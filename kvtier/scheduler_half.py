@@ -50,7 +50,11 @@ class SchedulerHalf(SchedulerParts):
         turn, start = self.arrivals.take(request, now_s, sum(self._waiting_tokens.values()))
         self.prefetcher.returned(turn.program, now_s)
         self._turns[request.request_id] = turn
-        self.policy.ttl.announcements.forget(turn.program)
+        if start.matched_by != "repeat":
+            # What was announced for the pauses that end now, and for who had this id before.
+            over = (request.request_id, *start.continues)
+            ended = (start.gap.ended_request_id,) if start.gap is not None else ()
+            self.policy.ttl.announcements.turns_over(turn.program, (*over, *ended))
         self._happenings.turn_started(turn, start)
         self._waiting_tokens[request.request_id] = request.num_tokens
         self.admission.on_arrival(
@@ -163,7 +167,7 @@ class SchedulerHalf(SchedulerParts):
         if aborted and not turn.started:
             self.endings.turn_aborted(turn, now_s)
             return None
-        announced = self.policy.ttl.announcements.of(turn.program)
+        announced = self.policy.ttl.announcements.of(turn.program, turn.request_id)
         call = self._detector.detect(
             request.output_token_ids,
             hint=turn.hints.tool or (announced.tool if announced is not None else None),

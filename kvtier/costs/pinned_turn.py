@@ -28,6 +28,7 @@ class PinnedTurn:
         announced: The gap that the client has announced, in place of those that were learned.
         announced_s: From when on it counts.
         chain: Chunk keys of its tokens; None where the KV may not leave the GPU.
+        asked_until_s: A client has asked to keep it until then, and what is announced does not undo that; 0: nobody.
     """
 
     tool: str | None
@@ -42,3 +43,4 @@ class PinnedTurn:
     announced: SurvivalCurve | None = None
     announced_s: float = 0.0
     chain: ChunkChain | None = None
+    asked_until_s: float = 0.0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from kvtier.ttl.gaps import MIN_GAP_S, SurvivalCurve, lognormal_curve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 DEFAULT_SPREAD: Final = 3.0
 """p90 over p50 where only one duration was announced: tools' durations spread that much at least (the prior of
@@ -43,23 +46,45 @@ def announced_curve(p50_s: float | None, p90_s: float | None) -> SurvivalCurve |
 
 
 class Announcements:
-    """The announcements for the present turns and pauses of programs."""
+    """What was announced for turns, present and paused ones, of programs.
+
+    By turn: a program may hold several conversations at a time, and a sub-agent's request ends no pause of
+    the conversation that has started it.
+    """
 
     def __init__(self) -> None:
-        self._by_program: dict[str, Announcement] = {}
+        self._by_program: dict[str, dict[str, Announcement]] = {}
 
     def __len__(self) -> int:
+        """Return the number of programs with an announcement."""
         return len(self._by_program)
 
-    def announce(self, program: str, announcement: Announcement) -> None:
-        """The last one counts."""
-        self._by_program[program] = announcement
+    @property
+    def n_turns(self) -> int:
+        """Turns with an announcement."""
+        return sum(map(len, self._by_program.values()))
 
-    def of(self, program: str) -> Announcement | None:
-        """What was announced for the program's present turn or pause."""
-        return self._by_program.get(program)
+    def announce(self, program: str, turns: Iterable[str], announcement: Announcement) -> None:
+        """Note it for these turns, by their requests' ids; the last one counts."""
+        noted = dict.fromkeys(turns, announcement)
+        if noted:
+            self._by_program.setdefault(program, {}).update(noted)
+
+    def of(self, program: str, turn: str) -> Announcement | None:
+        """What was announced for a turn of the program, or the pause after it."""
+        return self._by_program.get(program, {}).get(turn) if self._by_program else None
 
     def forget(self, program: str) -> None:
-        """The pause is over, or the program is."""
+        """The program is over."""
         if self._by_program:
             self._by_program.pop(program, None)
+
+    def turns_over(self, program: str, turns: Iterable[str]) -> None:
+        """The pauses after these turns are over."""
+        noted = self._by_program.get(program) if self._by_program else None
+        if noted is None:
+            return
+        for turn in turns:
+            noted.pop(turn, None)
+        if not noted:
+            del self._by_program[program]

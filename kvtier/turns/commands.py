@@ -134,7 +134,8 @@ class Commands:
         # As the tools of outputs are called, or it would be another one.
         tool = tool_label(command.tool)
         announcement = Announcement(tool, now_s, curve)
-        self._policy.ttl.announcements.announce(program, announcement)
+        turns = view.active_requests or view.finished_requests
+        self._policy.ttl.announcements.announce(program, turns, announcement)
         if view.active_requests:
             return Result("accepted", "at_turn_end", "counts when the program's turn has ended")
         self._programs.name_tool(view.program, tool)
@@ -153,16 +154,20 @@ class Commands:
         if decision.stage:
             # Before the pin ends: the copy takes over its references.
             self._paused.stage_pin(pin, announcement.tool)
-        if decision.action != "pin":
-            self._endings.unpin(pin.key, ReleaseCause.COMMAND)
-            return f"{decision.action} ({decision.reason})"
-        if isinstance(pin.data, PinnedTurn):
+        data, is_asked_for = pin.data, False
+        if isinstance(data, PinnedTurn):
+            is_asked_for = data.asked_until_s > announcement.at_s
             pin.data = replace(
-                pin.data,
+                data,
                 tool=announcement.tool,
                 announced=announcement.curve,
                 announced_s=announcement.at_s,
             )
+        if is_asked_for:
+            return "kept for as long as was asked for"
+        if decision.action != "pin":
+            self._endings.unpin(pin.key, ReleaseCause.COMMAND)
+            return f"{decision.action} ({decision.reason})"
         self._paused.set_deadline(pin, announcement.at_s + decision.ttl_s)
         return f"pinned for {decision.ttl_s:.3g} s ({decision.reason})"
 

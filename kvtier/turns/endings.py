@@ -85,6 +85,7 @@ class Endings:
         """A request has gone that never began."""
         gone = self._programs.turn_aborted(turn.request_id, now_s)
         self._admission.on_aborted(turn.request_id)
+        self._policy.ttl.announcements.turns_over(turn.program, (turn.request_id,))
         self._happenings.turn_ended(turn, None, None, now_s, aborted=True)
         if gone is not None:
             self.program_gone(gone)
@@ -126,6 +127,7 @@ class Endings:
         self._happenings.turn_ended(turn, call.tool, expected_s, now_s, aborted=aborted)
         if end is None:
             return False
+        self._policy.ttl.announcements.turns_over(turn.program, end.superseded)
         for key in end.superseded:
             self.unpin(key, ReleaseCause.SUPERSEDED)
         self.gaps(end.gaps)

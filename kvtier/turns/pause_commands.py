@@ -167,6 +167,8 @@ class PauseCommands:
         granted = self._granted(pin, ttl_s, now_s)
         if granted.ttl_s > 0:
             self.set_deadline(pin, now_s + granted.ttl_s)
+            if isinstance(pin.data, PinnedTurn):
+                pin.data = replace(pin.data, asked_until_s=pin.deadline_s)
         return granted
 
     def _granted(self, pin: Pin, asked_s: float, now_s: float) -> Granted:

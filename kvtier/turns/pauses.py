@@ -119,7 +119,7 @@ class Pauses:
         staged = 0
         if chain is not None:
             staged = self._stager.copies.chunks_of(turn.program, chain) * self._facts.chunk_tokens
-        announced = self._policy.ttl.announcements.of(turn.program)
+        announced = self._policy.ttl.announcements.of(turn.program, turn.request_id)
         curve = announced.curve if announced is not None else None
         expected_s = (curve or self._policy.ttl.away(call.tool)).quantile(0.5)
         displaceable = self._pins.to_end_for(
@@ -288,7 +288,7 @@ class Pauses:
     ) -> PinnedTurn:
         block_tokens = self._facts.block_tokens
         terms = decision.terms
-        announced = self._policy.ttl.announcements.of(turn.program)
+        announced = self._policy.ttl.announcements.of(turn.program, turn.request_id)
         return PinnedTurn(
             tool=call.tool,
             n_tokens=n_blocks * block_tokens,

@@ -63,6 +63,7 @@ class Prefetch:
         is_broken: A piece failed: what comes behind it is of no use.
         is_ended: Nothing is under way any more.
         returned_s: When the program came back; None before.
+        asked_until_s: See `PinnedTurn`.
     """
 
     program: str
@@ -82,6 +83,7 @@ class Prefetch:
     is_broken: bool = False
     is_ended: bool = False
     returned_s: float | None = None
+    asked_until_s: float = 0.0
 
     @property
     def key(self) -> str:

@@ -117,7 +117,7 @@ class PrefetchPins:
 
     def _data(self, prefetch: Prefetch, n_blocks: int) -> PinnedTurn:
         turn, facts = prefetch.turn, self._facts
-        announced = self._policy.ttl.announcements.of(prefetch.program)
+        announced = self._policy.ttl.announcements.of(prefetch.program, prefetch.key)
         data = PinnedTurn(
             tool=turn.tool,
             n_tokens=n_blocks * facts.block_tokens,
@@ -129,6 +129,7 @@ class PrefetchPins:
             miss_unstaged_s=prefetch.miss_s[0],
             miss_staged_s=prefetch.miss_s[1],
             tenant=tenant_of(turn.salt),
+            asked_until_s=prefetch.asked_until_s,
             chain=turn.chain,
         )
         if announced is None:

@@ -127,7 +127,7 @@ class Planner:
             going: The prefetches that are under way, by program.
             in_flight: The pieces that copies write now, of stopped ones too.
         """
-        known = self._known(program, going, in_flight)
+        known = self._known(program, now_s, wish, going, in_flight)
         if known is not None:
             return known, None
         turn = self._paused.get(program)
@@ -147,6 +147,8 @@ class Planner:
             return ("rejected", "ttl", f"its TTL is 0: {granted.limit or 'asked for'}"), None
         miss_s = self._miss_s(end * self._facts.block_tokens)
         prefetch = Prefetch(program, turn, now_s, now_s + granted.ttl_s, miss_s, n_here, end)
+        if wish.is_explicit:
+            prefetch.asked_until_s = prefetch.deadline_s
         if pin is not None:
             self._pinning.adopt(prefetch, pin)
         refused = self._pinning.grow(prefetch, more, now_s) if len(more) else ""
@@ -167,7 +169,12 @@ class Planner:
         return ("clipped" if n_here else "rejected", limit, told), None
 
     def _known(
-        self, program: str, going: Mapping[str, Prefetch], in_flight: Collection[Piece]
+        self,
+        program: str,
+        now_s: float,
+        wish: Wish,
+        going: Mapping[str, Prefetch],
+        in_flight: Collection[Piece],
     ) -> Answer | None:
         """The answer that does not depend on what is where."""
         if self._mode.mode is not Mode.ON:
@@ -175,13 +182,29 @@ class Planner:
         if self._is_active(program):
             return "rejected", "running", "a turn of the program is under way"
         if program in going:
-            return "accepted", "under_way", "it is being loaded already"
+            return self._under_way(going[program], wish, now_s)
         if any(piece.prefetch.program == program for piece in in_flight):
             # They would be loaded twice, into one pin.
             return "rejected", "busy", "copies of an earlier prefetch of it have not ended"
         if len(going) >= MAX_PREFETCHES:
             return "rejected", "busy", f"{MAX_PREFETCHES} prefetches are under way"
         return None
+
+    def _under_way(self, prefetch: Prefetch, wish: Wish, now_s: float) -> Answer:
+        """It is being loaded already; a time that a client has named holds instead of the one before."""
+        told = "it is being loaded already"
+        if not wish.is_explicit or prefetch.is_pinned:
+            return "accepted", "under_way", told
+        granted = self._pinning.granted(
+            prefetch.program, prefetch.turn, prefetch.end_block, wish.ttl_s, now_s, None
+        )
+        if granted.ttl_s <= 0:
+            return "rejected", "ttl", f"its TTL is 0: {granted.limit or 'asked for'}"
+        prefetch.deadline_s = prefetch.asked_until_s = now_s + granted.ttl_s
+        told += f", for {granted.ttl_s:.4g} s"
+        return (
+            ("clipped", granted.limit, told) if granted.limit else ("accepted", "under_way", told)
+        )
 
     def _staged_blocks(self, program: str, turn: PausedTurn) -> int:
         """How many of the turn's blocks a load could bring."""

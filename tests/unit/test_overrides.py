@@ -197,8 +197,12 @@ def test_any_announced_durations_make_a_curve(p50_s: float, p90_s: float | None)
 def test_an_announcement_lasts_for_one_pause() -> None:
     announcements = Announcements()
     first = Announcement("bash", 1.0, None)
-    announcements.announce("p", first)
-    assert announcements.of("p") is first
-    assert announcements.of("q") is None
+    announcements.announce("p", ["r1", "r2"], first)
+    assert announcements.of("p", "r1") is first
+    assert announcements.of("p", "r3") is None
+    assert announcements.of("q", "r1") is None
+    announcements.turns_over("p", ["r1"])
+    assert announcements.of("p", "r1") is None
+    assert announcements.of("p", "r2") is first
     announcements.forget("p")
-    assert announcements.of("p") is None
+    assert announcements.n_turns == len(announcements) == 0
