@@ -203,11 +203,16 @@ class ProgramState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Programs(_Message, frozen=True, kw_only=True):
-    """The programs of an engine, after `Resync`; the first page replaces what was known before."""
+    """The programs of an engine, after `Resync`, in pages over several steps, with reports between them.
+
+    They replace what was known before: what the pages from the first to the last one do not name, and no
+    event since the first one, the engine does not know.
+    """
 
     engine_id: str
     programs: list[ProgramState]
     first: bool
+    last: bool = True
 
 
 class Gauges(msgspec.Struct, frozen=True, kw_only=True):

@@ -288,7 +288,10 @@ class SchedulerHalf(SchedulerParts):
     def has_work(self) -> bool:
         """Whether the engine must keep stepping although no request needs it."""
         return hasattr(self, "stager") and (
-            self.stager.busy() or self.prefetcher.busy() or self._measure_due
+            self.stager.busy()
+            or self.prefetcher.busy()
+            or self._measure_due
+            or (self._link is not None and self._link.busy())
         )
 
     def report(self, now_s: float) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvtier.link_messages import PinState, ProgramKey, ProgramState
+from kvtier.link_messages import PinState, ProgramKey, Programs, ProgramState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Mapping
 
-PAGE_PROGRAMS = 500
-"""Programs in one message."""
+PAGE_PROGRAMS = 200
+"""Programs in one message, of which a step sends one: to write 10,000 would hold up a step for long."""
 
 
 @dataclass(slots=True)
@@ -51,16 +51,45 @@ class KnownProgram:
         )
 
 
-def pages(
-    programs: Iterable[KnownProgram], offset_s: float
-) -> Iterator[tuple[bool, list[ProgramState]]]:
-    """All programs in messages of a bounded size, the first one marked; one at least."""
-    page: list[ProgramState] = []
-    first = True
-    for program in programs:
-        page.append(program.state(offset_s))
-        if len(page) == PAGE_PROGRAMS:
-            yield first, page
-            first, page = False, []
-    if page or first:
-        yield first, page
+class Pages:
+    """Tells all programs a page at a time, each as it is then; what changes in between is told by events.
+
+    Args:
+        programs: By handle; changed by others.
+    """
+
+    def __init__(self, programs: Mapping[str, KnownProgram]) -> None:
+        self._programs = programs
+        self._handles: list[str] | None = None
+        self._is_first = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a page to be told."""
+        return self._handles is not None
+
+    def begin(self) -> None:
+        """Tell all, from the beginning."""
+        self._handles, self._is_first = list(self._programs), True
+
+    def stop(self) -> None:
+        """Nobody listens any more."""
+        self._handles = None
+
+    def next(self, engine_id: str, offset_s: float) -> Programs:
+        """The next page, at most `PAGE_PROGRAMS`; needs an open one."""
+        handles = self._handles
+        assert handles is not None
+        states = [
+            known.state(offset_s)
+            for handle in handles[-PAGE_PROGRAMS:]
+            if (known := self._programs.get(handle)) is not None
+        ]
+        del handles[-PAGE_PROGRAMS:]
+        page = Programs(
+            engine_id=engine_id, programs=states, first=self._is_first, last=not handles
+        )
+        self._is_first = False
+        if page.last:
+            self._handles = None
+        return page

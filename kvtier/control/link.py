@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import zmq
 
 from kvtier import link_messages as messages
-from kvtier.control.engine_picture import KnownProgram, pages
-from kvtier.turns.happenings import Happenings
+from kvtier.control.engine_events import EngineEvents
+from kvtier.control.engine_picture import Pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from kvtier.gpu_pin import Pin
-    from kvtier.programs import TurnStart
-    from kvtier.turns.turn import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +28,15 @@ REPORT_INTERVAL_S: Final = 0.1
 GAUGES_INTERVAL_S: Final = 1.0
 HELLO_INTERVAL_S: Final = 1.0
 REVIVE_INTERVAL_S: Final = 30.0
-MAX_EVENTS: Final = 4096
-"""Most events between two reports."""
 MAX_COMMANDS: Final = 64
 """Most messages taken in at a time; the rest waits in the socket."""
+PATIENCE_S: Final = 1.0
+"""A server that takes no page for so long has gone, or must ask again."""
 MAX_QUEUED: Final = 64
 """Messages that wait for a server that does not read."""
 
 
-class EngineLink(Happenings):
+class EngineLink(EngineEvents):
     """See the module's docstring.
 
     Args:
@@ -66,10 +62,9 @@ class EngineLink(Happenings):
         revive: Callable[[], None] | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        super().__init__(block_tokens, clock)
         self._hello = hello
         self._read_gauges = read_gauges
-        self._block_tokens = block_tokens
-        self._clock = clock
         self._wall_clock = wall_clock
         self._revive = revive
         self.engine_id = engine_id
@@ -83,22 +78,14 @@ class EngineLink(Happenings):
         self._socket.setsockopt(zmq.RECONNECT_IVL, 200)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         self._socket.connect(endpoint)
-        self._programs: dict[str, KnownProgram] = {}
-        self._events: list[messages.Event] = []
-        self._lost = 0
-        self._is_followed = False
-        self._offset_s = 0.0
+        self._pages = Pages(self._programs)
+        self._patient_since_s: float | None = None
         self._next_poll_s = self._next_hello_s = float("-inf")
         self._next_report_s = self._next_gauges_s = float("-inf")
         # It is being started when the engine is.
         self._next_revive_s = float("-inf")
 
     # -- the server ----------------------------------------------------------------------------------
-
-    @property
-    def is_followed(self) -> bool:
-        """Whether a control server listens."""
-        return self._is_followed
 
     def commands(self, now_s: float, *, urgent: bool = False) -> list[messages.Command]:
         """Commands that have come. Looks for them every few milliseconds, or now when it is `urgent`."""
@@ -127,7 +114,12 @@ class EngineLink(Happenings):
             if not self._is_followed:
                 self._start_following()
             found.append(message)
+        self._tell_page(now_s)
         return found
+
+    def busy(self) -> bool:
+        """Whether hooks must go on until the server knows all programs."""
+        return self._pages.is_open
 
     def answer(self, answer: messages.Answer) -> None:
         """Tell the server what became of a command, after all that happened before."""
@@ -141,13 +133,14 @@ class EngineLink(Happenings):
         due = now_s >= self._next_gauges_s or (
             bool(self._events) and (idle or now_s >= self._next_report_s)
         )
-        if not due:
-            return
+        if due:
+            self._report(now_s)
+
+    def _report(self, now_s: float) -> None:
         self._next_report_s = now_s + REPORT_INTERVAL_S
         self._next_gauges_s = now_s + GAUGES_INTERVAL_S
         self._offset_s = self._wall_clock() - now_s
-        events, self._events = self._events, []
-        lost, self._lost = self._lost, 0
+        events, lost = self._take_events()
         self._send(
             messages.Report(
                 engine_id=self.engine_id,
@@ -159,11 +152,13 @@ class EngineLink(Happenings):
         )
         if lost:
             # The server's picture has holes now.
-            self._send_programs()
+            self._pages.begin()
 
     def close(self) -> None:
         """Say goodbye."""
         self._send(messages.EngineBye(engine_id=self.engine_id))
+        # What is still told has nobody to hear it.
+        self._unfollowed()
         self._socket.close(linger=100)
         self._context.term()
 
@@ -186,11 +181,32 @@ class EngineLink(Happenings):
         self._events.clear()
         self._offset_s = self._wall_clock() - self._clock()
         self._next_gauges_s = float("-inf")
-        self._send_programs()
+        self._pages.begin()
 
-    def _send_programs(self) -> None:
-        for first, page in pages(self._programs.values(), self._offset_s):
-            self._send(messages.Programs(engine_id=self.engine_id, programs=page, first=first))
+    def _tell_page(self, now_s: float) -> None:
+        if not self._pages.is_open:
+            return
+        if not self._can_send():
+            # It reads slowly; or it is gone, and the engine must not run for its sake for ever.
+            self._patient_since_s = self._patient_since_s or now_s
+            if now_s - self._patient_since_s > PATIENCE_S:
+                self._unfollowed()
+            return
+        self._patient_since_s = None
+        if self._events:
+            # A page is of now: what has happened before comes before it.
+            self._report(now_s)
+        if self._is_followed:
+            self._send(self._pages.next(self.engine_id, self._offset_s))
+
+    def _can_send(self) -> bool:
+        return bool(self._socket.poll(0, zmq.POLLOUT))
+
+    def _unfollowed(self) -> None:
+        self._patient_since_s = None
+        self._is_followed = False
+        self._events.clear()
+        self._pages.stop()
 
     def _send(self, message: messages.ToServer) -> bool:
         """Send, or find that nobody listens (any more)."""
@@ -199,185 +215,6 @@ class EngineLink(Happenings):
         except zmq.ZMQError as error:
             if not isinstance(error, zmq.Again):
                 logger.warning("nothing can be told to the control server: %s", error)
-            self._is_followed = False
-            self._events.clear()
+            self._unfollowed()
             return False
         return True
-
-    # -- what happens --------------------------------------------------------------------------------
-
-    def turn_started(self, turn: Turn, start: TurnStart) -> None:
-        """See `Happenings`."""
-        known = self._programs.get(turn.program)
-        if known is None:
-            program = start.program
-            key = messages.ProgramKey(program.tenant, program.name, program.kind == "named")
-            known = KnownProgram(key, turn.arrived_s, turn.arrived_s)
-            self._programs[turn.program] = known
-        known.turns = start.turn_index + 1
-        known.last_active_s = turn.arrived_s
-        known.waiting.add(turn.request_id)
-        known.tool = known.gap_s = None
-        if self._is_followed:
-            self._tell(
-                messages.TurnStarted(
-                    at_s=turn.arrived_s + self._offset_s,
-                    program=known.key,
-                    request_id=turn.request_id,
-                    turn=known.turns,
-                    prompt_tokens=int(turn.request.num_tokens),
-                    gap_s=start.gap.gap_s if start.gap is not None else None,
-                )
-            )
-
-    def turn_running(self, turn: Turn, gpu_tokens: int, cpu_tokens: int, now_s: float) -> None:
-        """See `Happenings`."""
-        known = self._programs.get(turn.program)
-        if known is None:
-            return
-        known.waiting.discard(turn.request_id)
-        known.running.add(turn.request_id)
-        if self._is_followed:
-            total = int(turn.request.num_tokens)
-            self._tell(
-                messages.TurnRunning(
-                    at_s=now_s + self._offset_s,
-                    program=known.key,
-                    request_id=turn.request_id,
-                    gpu_tokens=gpu_tokens,
-                    cpu_tokens=cpu_tokens,
-                    recomputed_tokens=max(0, total - gpu_tokens - cpu_tokens),
-                )
-            )
-
-    def turn_ended(
-        self, turn: Turn, tool: str | None, gap_s: float | None, now_s: float, *, aborted: bool
-    ) -> None:
-        """See `Happenings`."""
-        known = self._programs.get(turn.program)
-        if known is None:
-            return
-        known.waiting.discard(turn.request_id)
-        known.running.discard(turn.request_id)
-        known.last_active_s = now_s
-        known.context_tokens = int(turn.request.num_tokens)
-        known.tool, known.gap_s = tool, gap_s
-        if self._is_followed:
-            self._tell(
-                messages.TurnEnded(
-                    at_s=now_s + self._offset_s,
-                    program=known.key,
-                    request_id=turn.request_id,
-                    context_tokens=known.context_tokens,
-                    output_tokens=int(turn.request.num_output_tokens),
-                    tool=tool,
-                    predicted_gap_s=gap_s,
-                    aborted=aborted,
-                )
-            )
-
-    def tool_announced(self, program: str, tool: str, gap_s: float | None, now_s: float) -> None:
-        """See `Happenings`. The server, which has passed it on, knows."""
-        known = self._programs.get(program)
-        if known is None:
-            return
-        known.tool = tool
-        if gap_s is not None:
-            known.gap_s = now_s - known.last_active_s + gap_s
-
-    def decided(self, event: str, program: str, request_id: str, entry: dict[str, Any]) -> None:
-        """See `Happenings`."""
-        known = self._programs.get(program)
-        if known is None:
-            return
-        at_s = self._clock() + self._offset_s
-        if event == "release":
-            known.pins.pop(request_id, None)
-            if self._is_followed:
-                self._tell(
-                    messages.PinEnded(
-                        at_s=at_s,
-                        program=known.key,
-                        request_id=request_id,
-                        cause=entry["cause"],
-                        tokens=entry["blocks"] * self._block_tokens,
-                    )
-                )
-        elif self._is_followed and event in _DECISIONS:
-            inputs = {k: v for k, v in entry.items() if k not in _OUTCOME}
-            self._tell(
-                messages.Decided(
-                    at_s=at_s,
-                    program=known.key,
-                    request_id=request_id,
-                    event=_DECISIONS[event],
-                    action=entry["action"],
-                    reason=entry["reason"],
-                    ttl_s=entry.get("ttl_s", 0.0),
-                    costs=[messages.OptionCost(k, v) for k, v in entry["costs"].items()],
-                    inputs=inputs,
-                )
-            )
-
-    def pinned(self, pin: Pin) -> None:
-        """See `Happenings`."""
-        known = self._programs.get(pin.program)
-        if known is None:
-            return
-        tokens = len(pin.block_ids) * self._block_tokens
-        known.pins[pin.key] = tokens, pin.deadline_s
-        if self._is_followed:
-            self._tell(
-                messages.Pinned(
-                    at_s=self._clock() + self._offset_s,
-                    program=known.key,
-                    request_id=pin.key,
-                    tokens=tokens,
-                    deadline_s=pin.deadline_s + self._offset_s,
-                )
-            )
-
-    def staged(self, program: str, tokens: int) -> None:
-        """See `Happenings`."""
-        known = self._programs.get(program)
-        if known is None:
-            return
-        known.cpu_tokens = tokens
-        if self._is_followed:
-            at_s = self._clock() + self._offset_s
-            self._tell(messages.Staged(at_s=at_s, program=known.key, tokens=tokens))
-
-    def loaded(
-        self, program: str, request_id: str, tokens: int, duration_s: float, *, ok: bool
-    ) -> None:
-        """See `Happenings`."""
-        known = self._programs.get(program)
-        if known is not None and self._is_followed:
-            self._tell(
-                messages.Loaded(
-                    at_s=self._clock() + self._offset_s,
-                    program=known.key,
-                    request_id=request_id,
-                    tokens=tokens,
-                    duration_s=duration_s,
-                    ok=ok,
-                )
-            )
-
-    def program_gone(self, program: str) -> None:
-        """See `Happenings`."""
-        known = self._programs.pop(program, None)
-        if known is not None and self._is_followed:
-            at_s = self._clock() + self._offset_s
-            self._tell(messages.ProgramGone(at_s=at_s, program=known.key))
-
-    def _tell(self, event: messages.Event) -> None:
-        if len(self._events) < MAX_EVENTS:
-            self._events.append(event)
-        else:
-            self._lost += 1
-
-
-_DECISIONS: Final[dict[str, Literal["pause", "return"]]] = {"pause": "pause", "return": "return"}
-_OUTCOME: Final = frozenset({"action", "reason", "ttl_s", "costs"})
-"""Of a decision's entry, what is no input."""

@@ -42,6 +42,7 @@ class EngineRecord:
         seen_s: When anything came from it last.
         programs: What it knows, in the order of their last turns' starts and ends.
         lost_events: Events that it could not report.
+        untold: Programs that it has not named since it began to tell all that it knows.
     """
 
     hello: link.EngineHello
@@ -51,6 +52,7 @@ class EngineRecord:
     gauges_s: float = 0.0
     programs: OrderedDict[ProgramKey, ProgramPicture] = field(default_factory=OrderedDict)
     lost_events: int = 0
+    untold: set[ProgramKey] = field(default_factory=set)
 
     @property
     def engine_id(self) -> str:
@@ -132,15 +134,20 @@ class Registry:
         return True
 
     def programs_page(self, page: link.Programs, now_s: float) -> None:
-        """An engine tells all that it knows; the first page replaces what was known before."""
+        """An engine tells all that it knows; with the last page it has replaced what was known before."""
         engine = self._engines.get(page.engine_id)
         if engine is None:
             return
         engine.seen_s = now_s
         if page.first:
-            engine.programs.clear()
+            engine.untold = set(engine.programs)
         for state in page.programs:
+            engine.untold.discard(state.program)
             self._put(engine, ProgramPicture.from_state(state))
+        if page.last:
+            for key in engine.untold:
+                engine.programs.pop(key, None)
+            engine.untold = set()
 
     def report(self, report: link.Report, now_s: float) -> None:
         """An engine tells what has happened."""
@@ -182,6 +189,7 @@ class Registry:
             program = ProgramPicture(event.program, event.at_s, event.at_s)
         program.apply(event)
         if isinstance(event, link.TurnStarted | link.TurnEnded):
+            engine.untold.discard(event.program)
             self._put(engine, program)
 
     def _put(self, engine: EngineRecord, program: ProgramPicture) -> None:

@@ -28,6 +28,9 @@ class ControlLink(Protocol):
     def report(self, now_s: float, *, idle: bool) -> None:
         """Send what has happened, if it is time."""
 
+    def busy(self) -> bool:
+        """Whether an idle engine must run hooks on: there is more to send."""
+
     def close(self) -> None:
         """Say goodbye."""
 

@@ -38,6 +38,9 @@ class ScriptedLink(Happenings):
     def report(self, now_s: float, *, idle: bool) -> None:
         pass
 
+    def busy(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.told.append(("close", ""))
 

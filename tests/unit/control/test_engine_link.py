@@ -8,10 +8,12 @@ import pytest
 import zmq
 
 from kvtier import link_messages as messages
+from kvtier.control import engine_events, engine_picture
 from kvtier.control import link as link_module
-from kvtier.control.engine_picture import PAGE_PROGRAMS
 from kvtier.control.engine_status import EngineStatus
 from kvtier.control.link import EngineLink
+from kvtier.control.registry import Registry
+from kvtier.programs import ProgramId
 from tests.unit.fake_vllm import BLOCK_TOKENS
 from tests.unit.mini_engine import MiniEngine
 from tests.unit.program_cases import follow_up, prompt, turn
@@ -78,6 +80,7 @@ class Rig:
         )
         self.engine = MiniEngine(link=self.link)
         status.append(EngineStatus(self.engine.half, "engine", "a-model", dp_rank=0))
+        self.hello = status[0].hello
 
     def _revive(self) -> None:
         self.revived += 1
@@ -224,7 +227,7 @@ def test_noise_on_the_socket_is_ignored(rig: Rig, server: Server) -> None:
 def test_too_many_events_are_counted_and_the_picture_is_sent_anew(
     rig: Rig, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_module, "MAX_EVENTS", 3)
+    monkeypatch.setattr(engine_events, "MAX_EVENTS", 3)
     server.bind()
     rig.follow()
     server.all()
@@ -236,15 +239,122 @@ def test_too_many_events_are_counted_and_the_picture_is_sent_anew(
     assert page.programs[0].context_tokens == 34
 
 
-def test_many_programs_come_in_pages(rig: Rig, server: Server) -> None:
-    for i in range(PAGE_PROGRAMS + 1):
-        rig.engine.run(turn(f"r{i}", prompt(8, i), session=f"agent-{i}"))
+def many(rig: Rig, n_programs: int) -> None:
+    for i in range(n_programs):
+        rig.engine.run(turn(f"r{i}", prompt(8, i), session=f"agent-{i}", hints={"pin": False}))
+
+
+def names(pages: list[messages.Programs]) -> list[str]:
+    return [state.program.name for page in pages for state in page.programs]
+
+
+def test_many_programs_come_in_pages_one_a_step(
+    rig: Rig, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_picture, "PAGE_PROGRAMS", 4)
+    many(rig, 10)
     server.bind()
-    first = rig.follow()
-    second = server.next()
-    assert (first.first, len(first.programs)) == (True, PAGE_PROGRAMS)
-    assert isinstance(second, messages.Programs)
-    assert (second.first, len(second.programs)) == (False, 1)
+    found = [rig.follow()]
+    assert rig.engine.half.has_work(), "an idle engine must step until all is told"
+    while rig.engine.half.has_work():
+        rig.engine.step()
+        found += [m for m in server.all() if isinstance(m, messages.Programs)]
+        rig.engine.now_s += 0.1
+    assert [len(page.programs) for page in found] == [4, 4, 2]
+    assert [(page.first, page.last) for page in found] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+    assert sorted(names(found)) == sorted(f"agent-{i}" for i in range(10))
+
+
+def test_many_hooks_of_one_step_tell_one_page(
+    rig: Rig, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_picture, "PAGE_PROGRAMS", 4)
+    many(rig, 10)
+    server.bind()
+    rig.follow()
+    for i in range(5):
+        rig.engine.half.on_new_request(turn(f"q{i}", prompt(8), session="q"))
+    assert len([m for m in server.all() if isinstance(m, messages.Programs)]) <= 1
+
+
+def test_what_happens_between_pages_is_told_in_order(
+    rig: Rig, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's picture is the engine's, whenever programs come, go on and end."""
+    monkeypatch.setattr(engine_picture, "PAGE_PROGRAMS", 3)
+    many(rig, 8)
+    server.bind()
+    messages_in_order: list[Any] = [rig.follow()]
+    half = rig.engine.half
+    for i in (7, 0, 5):
+        rig.engine.run(turn(f"again-{i}", prompt(12, i), session=f"agent-{i}"))
+        rig.engine.run(turn(f"new-{i}", prompt(12, i), session=f"new-{i}"))
+        half.endings.program_ended(
+            rig.engine.facts.program_handle(ProgramId(None, "named", f"agent-{i + 1}"))
+        )
+        rig.engine.step()
+        messages_in_order += server.all()
+    while half.has_work():
+        rig.engine.now_s += 0.1
+        rig.engine.step()
+    half.report(rig.engine.now_s + 9.0)
+    messages_in_order += server.all()
+    registry = Registry()
+    registry.hello(rig.hello(), 0.0)
+    for message in messages_in_order:
+        if isinstance(message, messages.Programs):
+            registry.programs_page(message, 0.0)
+        elif isinstance(message, messages.Report):
+            registry.report(message, 0.0)
+    told = {program.key.name: program for _, program in registry.programs()}
+    known = {known.key.name: known for known in rig.link._programs.values()}
+    assert set(told) == set(known)
+    for name, program in told.items():
+        state = known[name].state(rig.link._offset_s)
+        assert (program.turns, program.context_tokens) == (state.turns, state.context_tokens), name
+        assert program.pins.keys() == {pin.request_id for pin in state.pins}, name
+        assert program.activity == "paused"
+
+
+def test_a_server_that_reads_slowly_gets_its_pages_later(
+    rig: Rig, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_picture, "PAGE_PROGRAMS", 1)
+    many(rig, 20)
+    server.bind()
+    found = [rig.follow()]
+    monkeypatch.setattr(rig.link, "_can_send", lambda: False)
+    for _ in range(5):
+        rig.engine.now_s += 0.1
+        rig.engine.step()
+    assert rig.link.is_followed
+    assert not [m for m in server.all() if isinstance(m, messages.Programs)]
+    monkeypatch.undo()
+    while rig.engine.half.has_work():
+        rig.engine.now_s += 0.1
+        rig.engine.step()
+        found += [m for m in server.all() if isinstance(m, messages.Programs)]
+    assert len(set(names(found))) == 20
+
+
+def test_nothing_is_kept_to_be_told_when_the_server_goes(
+    rig: Rig, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_picture, "PAGE_PROGRAMS", 1)
+    many(rig, 5)
+    server.bind()
+    rig.follow()
+    server.close()
+    for _ in range(100):
+        if not rig.engine.half.has_work():
+            return
+        rig.engine.now_s += 0.1
+        rig.engine.step()
+    raise AssertionError("the engine runs for a server that is gone")
 
 
 def test_a_server_that_has_gone_is_found_again(rig: Rig, server: Server) -> None:

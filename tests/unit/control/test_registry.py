@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kvtier import link_messages as link
 from kvtier.control import program_picture
@@ -175,6 +176,33 @@ def test_the_first_page_replaces_all_that_was_known_and_the_next_ones_add_to_it(
         registry.programs_page(page, NOW_S)
         names = [picture.key.name for _, picture in registry.programs()]
         assert names == [["p0"], ["p0", "p1"], ["p2"]][number]
+
+
+def state_of(name: str, turns: int = 1) -> link.ProgramState:
+    return link.ProgramState(
+        program=program(name), started_s=NOW_S, last_active_s=NOW_S, turns=turns, context_tokens=1
+    )
+
+
+def test_programs_that_are_still_to_be_told_stay_until_the_last_page() -> None:
+    """An engine of many programs tells them over many steps: none of them is gone meanwhile."""
+    registry = registry_with_engine()
+
+    def told(*names: str, first: bool = False, last: bool = False) -> dict[str, int]:
+        states = [state_of(name, turns=2) for name in names]
+        page = link.Programs(engine_id="engine-0", programs=states, first=first, last=last)
+        registry.programs_page(page, NOW_S)
+        return {picture.key.name: picture.turns for _, picture in registry.programs()}
+
+    for name in ("p1", "p2", "p3", "p4"):
+        registry.report(report(replace(started(), program=program(name))), NOW_S)
+    assert told("p1", first=True) == {"p1": 2, "p2": 1, "p3": 1, "p4": 1}
+    registry.report(report(link.ProgramGone(at_s=NOW_S, program=program("p2"))), NOW_S)
+    registry.report(report(replace(started(), program=program("new"))), NOW_S)
+    assert told("p3") == {"p1": 2, "p3": 2, "p4": 1, "new": 1}
+    assert told(last=True) == {"p1": 2, "p3": 2, "new": 1}, "the engine does not know p4"
+    assert told("p1", first=True) == {"p1": 2, "p3": 2, "new": 1}
+    assert told("p5", first=True, last=True) == {"p5": 2}
 
 
 def test_tenants_with_the_same_name_are_two_programs() -> None:
@@ -440,7 +468,7 @@ class Engine:
     def pages(self) -> list[link.Programs]:
         states = [told.state(key) for key, told in self.programs.items()]
         return [
-            link.Programs(engine_id="engine-0", programs=states[:2], first=True),
+            link.Programs(engine_id="engine-0", programs=states[:2], first=True, last=False),
             link.Programs(engine_id="engine-0", programs=states[2:], first=False),
         ]
 
