@@ -17,7 +17,7 @@ from typing import Final, Literal
 
 import msgspec
 
-LINK_VERSION: Final = 1
+LINK_VERSION: Final = 2
 SOCKET_NAME: Final = "kvtier.control.link.sock"
 
 Outcome = Literal["accepted", "clipped", "deferred", "rejected", "missing"]
@@ -81,9 +81,12 @@ class OptionCost(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Decided(_Event, frozen=True, kw_only=True):
-    """A decision, with what it went by. `ttl_s` is 0 where nothing is pinned."""
+    """A decision, with what it went by. `ttl_s` is 0 where nothing is pinned.
 
-    event: Literal["pause", "return"]
+    Of a prefetch: what became of the question, and later `end`, with why as the reason.
+    """
+
+    event: Literal["pause", "return", "prefetch"]
     action: str
     reason: str
     ttl_s: float = 0.0

@@ -160,7 +160,7 @@ class EngineEvents(Happenings):
                     action=entry["action"],
                     reason=entry["reason"],
                     ttl_s=entry.get("ttl_s", 0.0),
-                    costs=[messages.OptionCost(k, v) for k, v in entry["costs"].items()],
+                    costs=[messages.OptionCost(k, v) for k, v in entry.get("costs", {}).items()],
                     inputs=inputs,
                 )
             )
@@ -224,6 +224,10 @@ class EngineEvents(Happenings):
             self._lost += 1
 
 
-_DECISIONS: Final[dict[str, Literal["pause", "return"]]] = {"pause": "pause", "return": "return"}
+_DECISIONS: Final[dict[str, Literal["pause", "return", "prefetch"]]] = {
+    "pause": "pause",
+    "return": "return",
+    "prefetch": "prefetch",
+}
 _OUTCOME: Final = frozenset({"action", "reason", "ttl_s", "costs"})
 """Of a decision's entry, what is no input."""

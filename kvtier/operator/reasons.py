@@ -16,6 +16,11 @@ ACTIONS: Final = {
     ("return", "gpu"): "taken from GPU memory",
     ("return", "reload"): "loaded from the CPU tier",
     ("return", "recompute"): "computed anew",
+    ("prefetch", "accepted"): "begun, or not needed",
+    ("prefetch", "clipped"): "a part only",
+    ("prefetch", "rejected"): "refused",
+    ("prefetch", "missing"): "nothing to load",
+    ("prefetch", "end"): "has ended",
 }
 
 REASONS: Final = {
@@ -41,6 +46,29 @@ REASONS: Final = {
     "link_busy": "Computing was cheaper because of the transfers queued on the link.",
     "link_probe": "Loading seemed too slow for many returns: one is tried, to measure the link anew.",
     "configured": "The setting reload says so.",
+    # Of a prefetch: `kvtier.turns.prefetch_plan` and `kvtier.turns.prefetch`.
+    "loading": "It is being loaded from the CPU tier.",
+    "in_gpu": "All of it is in GPU memory already.",
+    "under_way": "It was being loaded already.",
+    "memory": "Nobody can spare more GPU memory.",
+    "budget": "Pins may not hold more.",
+    "ttl": "It must not be pinned: by an override, a setting or the tenant's budget.",
+    "no_kv": "No KV of it is kept.",
+    "no_tier": "The CPU tier is away.",
+    "mode": "kvtier is not on.",
+    "running": "A turn of the program was under way.",
+    "busy": "Too many prefetches, or an earlier one of it, were under way.",
+    "max_ttl": "No pin lasts longer than max_ttl_s.",
+    "fixed_ttl": "The setting fixed_ttl_s says how long.",
+    "loaded": "All of it was loaded.",
+    "returned": "The program came back meanwhile.",
+    "released": "The program's KV was released meanwhile.",
+    "ended": "The program ended meanwhile.",
+    "pin_ended": "Its pin ended meanwhile.",
+    "lookup_late": "The CPU tier did not answer in time.",
+    "copy_failed": "A copy failed.",
+    "reset": "vLLM's prefix cache was reset meanwhile.",
+    "shutdown": "kvtier ended in this engine.",
 }
 
 

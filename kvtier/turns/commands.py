@@ -154,17 +154,13 @@ class Commands:
         if decision.stage:
             # Before the pin ends: the copy takes over its references.
             self._paused.stage_pin(pin, announcement.tool)
-        data, is_asked_for = pin.data, False
-        if isinstance(data, PinnedTurn):
-            is_asked_for = data.asked_until_s > announcement.at_s
+        if isinstance(pin.data, PinnedTurn):
             pin.data = replace(
-                data,
+                pin.data,
                 tool=announcement.tool,
                 announced=announcement.curve,
                 announced_s=announcement.at_s,
             )
-        if is_asked_for:
-            return "kept for as long as was asked for"
         if decision.action != "pin":
             self._endings.unpin(pin.key, ReleaseCause.COMMAND)
             return f"{decision.action} ({decision.reason})"

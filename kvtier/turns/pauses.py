@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvtier.backend import TierBackend, TierState
 from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.gpu_pin import Pin, ReleaseCause
 from kvtier.policy import PauseFacts, Policy, describe_costs
+from kvtier.ttl.holding import HoldReason
 from kvtier.turns.pin_terms import tenant_of
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class Pauses:
         if not isinstance(data, PinnedTurn):
             return None
         confirmed = self._stager.copies.confirmed_chunks(data.strand) * self._facts.chunk_tokens
-        return self._policy.decide_pause(
+        decision = self._policy.decide_pause(
             self._pause_facts(
                 pin.program,
                 announcement.tool,
@@ -201,6 +202,18 @@ class Pauses:
                 announced=announcement.curve,
             )
         )
+        if data.asked_until_s > announcement.at_s:
+            # A client has asked for this very time, and the announcement does not undo that.
+            decision = replace(
+                decision,
+                action="pin",
+                ttl_s=pin.deadline_s - announcement.at_s,
+                reason=HoldReason.OVERRIDE_FIXED,
+            )
+        if self._log.enabled:
+            entry = _entry(decision, announcement.tool) | {"announced": True}
+            self._log.write("pause", pin.program, pin.key, entry)
+        return decision
 
     def _pause_facts(
         self,
@@ -347,17 +360,24 @@ class Pauses:
         since_s: float,
     ) -> None:
         """Log what was decided (`action`, `ttl_s`), next to what was done: in shadow mode, nothing."""
-        entry = {
-            "action": decision.action,
-            "ttl_s": decision.ttl_s,
-            "reason": str(decision.reason),
+        entry = _entry(decision, call.tool) | {
             "stage": staging,
-            "stage_reason": str(decision.stage_reason),
             "pinned": pinned_blocks > 0,
-            "tool": call.tool,
-            "keep_tokens": decision.keep_tokens,
             "staged_tokens": staged_tokens,
-            "costs": describe_costs(decision.costs),
             "decision_us": round((self._clock() - since_s) * 1e6, 1),
         }
         self._log.write("pause", turn.program, turn.request_id, entry)
+
+
+def _entry(decision: Decision, tool: str | None) -> dict[str, Any]:
+    """What the log says of every decision."""
+    return {
+        "action": decision.action,
+        "ttl_s": decision.ttl_s,
+        "reason": str(decision.reason),
+        "stage": decision.stage,
+        "stage_reason": str(decision.stage_reason),
+        "tool": tool,
+        "keep_tokens": decision.keep_tokens,
+        "costs": describe_costs(decision.costs),
+    }

@@ -355,9 +355,13 @@ class Decision(_message.Message):
     engine_id: _builtins.str
     request_id: _builtins.str
     event: _builtins.str
-    """"pause" (where its KV waits) or "return" (where its KV comes from)."""
+    """"pause" (where its KV waits), "return" (where its KV comes from) or "prefetch" (its KV is to be there before
+    it returns).
+    """
     action: _builtins.str
-    """"pin", "offload", "drop"; "gpu", "reload", "recompute"."""
+    """"pin", "offload", "drop"; "gpu", "reload", "recompute"; of a prefetch "accepted", "clipped", "rejected" or
+    "missing", and "end" where it has ended.
+    """
     reason: _builtins.str
     """Machine-readable, in snake_case."""
     @_builtins.property

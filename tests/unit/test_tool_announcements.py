@@ -109,7 +109,7 @@ def test_an_announcement_does_not_undo_an_explicit_pin(rig: Rig, *, is_scarce: b
     answer = rig.do(messages.ToolCallCommand, tool="train", p50_s=120.0)
     rig.engine.half._waiting_tokens.clear()
     assert answer.outcome == "accepted"
-    assert "asked for" in answer.detail
+    assert "override_fixed" in answer.detail
     assert rig.left_s() == pytest.approx(300.0)
 
 

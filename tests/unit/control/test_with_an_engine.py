@@ -15,7 +15,7 @@ from kvtier.v1 import observability_pb2, outcome_pb2, policy_pb2, program_pb2, t
 from tests.unit.control.control_host import Host, Refused, in_background, wait_until
 from tests.unit.fake_vllm import BLOCK_TOKENS
 from tests.unit.mini_engine import MiniEngine
-from tests.unit.program_cases import follow_up, prompt, turn
+from tests.unit.program_cases import evict, follow_up, prompt, turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -115,6 +115,38 @@ def test_a_pause_is_seen_released_and_ended_from_outside(rig: Rig) -> None:
     answer = rig.result(lambda: rig.client.programs.EndProgram(end))
     assert answer.results[0].outcome == outcome_pb2.OUTCOME_ACCEPTED
     assert Refused(rig.program).code == grpc.StatusCode.NOT_FOUND
+
+
+def test_a_prefetch_and_what_an_announcement_changed_are_explained(rig: Rig) -> None:
+    rig.engine.run(turn("r1", prompt(30), session="agent", hints={"tool": "bash"}))
+    rig.paused()
+
+    def decisions() -> list[observability_pb2.Decision]:
+        request = observability_pb2.ExplainDecisionRequest(**AGENT)
+        return list(rig.client.observability.ExplainDecision(request).decisions)
+
+    before = len(decisions())
+    announced = program_pb2.AnnounceToolCallRequest(
+        **AGENT, tool="slow", duration=Duration(seconds=9)
+    )
+    rig.result(lambda: rig.client.programs.AnnounceToolCall(announced))
+    (anew,) = decisions()[:-before]
+    assert (anew.event, anew.request_id, anew.inputs["tool"]) == ("pause", "r1", "slow")
+    assert anew.costs
+
+    release = program_pb2.ReleaseProgramRequest(**AGENT)
+    rig.result(lambda: rig.client.programs.ReleaseProgram(release))
+    evict(rig.engine)
+    returned = program_pb2.AnnounceToolReturnRequest(**AGENT)
+    answer = rig.result(lambda: rig.client.programs.AnnounceToolReturn(returned))
+    assert answer.results[0].reason == "loading"
+    asked = decisions()[0]
+    assert (asked.event, asked.action, asked.reason) == ("prefetch", "accepted", "loading")
+    assert "32 of 32 tokens" in asked.inputs["detail"]
+    rig.engine.run()
+    rig.until(lambda: decisions()[0].action == "end")
+    ended = decisions()[0]
+    assert (ended.event, ended.reason, ended.inputs["tokens"]) == ("prefetch", "loaded", "32")
 
 
 def test_an_override_of_0_leaves_a_tools_next_pause_unpinned(rig: Rig) -> None:

@@ -23,6 +23,7 @@ def test_every_action_has_words() -> None:
     assert {action for event, action in ACTIONS if event == "pause"} == {"pin", "offload", "drop"}
     assert headline(decision("return", "reload")) == "return: loaded from the CPU tier"
     assert headline(decision("return", "guess")) == "return: guess"
+    assert headline(decision("prefetch", "end")) == "prefetch: has ended"
 
 
 def test_the_option_taken_is_the_cheapest_that_does_what_was_done() -> None:
