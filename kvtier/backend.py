@@ -98,6 +98,10 @@ class TierBackend(Protocol):
     def region(self) -> Region | None:
         """What workers map; None until the tier is ready."""
 
+    @property
+    def used_bytes(self) -> int | None:
+        """What the chunks of all engines take, as the tier told last; None while that is not known."""
+
     def lookup(self, namespace: str, program: str, keys: bytes) -> int:
         """Find and lock the longest resident prefix of `keys`. Ends in `LookupDone`."""
 
@@ -144,6 +148,7 @@ class NoTier:
 
     state = TierState.ABSENT
     region: Region | None = None
+    used_bytes: int | None = None
 
     def __init__(self) -> None:
         self._next_id = 0

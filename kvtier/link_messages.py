@@ -237,6 +237,7 @@ class Gauges(msgspec.Struct, frozen=True, kw_only=True):
     to_cpu_bytes_per_s: float
     to_gpu_bytes_per_s: float
     calibrated_s: float | None = None
+    tier_used_bytes: int | None = None
 
 
 class Report(_Message, frozen=True, kw_only=True):

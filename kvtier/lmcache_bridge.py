@@ -43,6 +43,8 @@ _HELLO_ID = 0
 GOODBYE_MS = 200
 """How long leaving may take at most."""
 FIRST_REVIVAL_S = 15.0
+STATUS_INTERVAL_S = 2.0
+"""Between two questions how much of its memory the server uses: other engines fill it too."""
 LONGEST_REVIVAL_S = 600.0
 """A server that has been away for so long is called back; twice as long after each call in vain."""
 
@@ -85,6 +87,8 @@ class LMCacheBridge:
         self._unstamped: list[int] = []
         self._events: list[TierEvent] = []
         self._hello_sent_s = float("-inf")
+        self._status_sent_s = float("-inf")
+        self._used_bytes: int | None = None
         self._now_s = now_s
         self._incompatible: str | None = None
         self._session = 0
@@ -126,6 +130,11 @@ class LMCacheBridge:
     def region(self) -> Region | None:
         """See `TierBackend.region`."""
         return self._region
+
+    @property
+    def used_bytes(self) -> int | None:
+        """See `TierBackend.used_bytes`."""
+        return self._used_bytes if self._state is TierState.READY else None
 
     def lookup(self, namespace: str, program: str, keys: bytes) -> int:
         """See `TierBackend.lookup`."""
@@ -196,6 +205,9 @@ class LMCacheBridge:
         if self._state is not TierState.READY and self._incompatible is None:
             self._say_hello()
             self._call_back()
+        if self._state is TierState.READY and now_s - self._status_sent_s >= STATUS_INTERVAL_S:
+            self._status_sent_s = now_s
+            self._send(wire.Status, expect_event=False)
         events, self._events = self._events, []
         return events
 
@@ -268,6 +280,8 @@ class LMCacheBridge:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self._go_away("malformed", f"the server's answer cannot be read: {error}")
             return
+        if isinstance(reply, wire.HelloReply | wire.CommitReply | wire.StatusReply):
+            self._used_bytes = reply.used_bytes
         if isinstance(reply, wire.HelloReply):
             self._connected(reply)
             return

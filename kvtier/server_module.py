@@ -223,6 +223,7 @@ class KVTierModule:
             pool["shm_name"],
             pool["pool_size"],
             self._eviction_policy,
+            self._used_bytes(),
         )
 
     def _handle(self, owner: str, request: wire.Request, now_s: float) -> wire.Reply:
@@ -263,7 +264,7 @@ class KVTierModule:
                 resident = table.commit(owner, request.reserve_id, now_s, ok=request.ok)
                 if resident is None:
                     return wire.Failed(request.id, "unknown_reservation", str(request.reserve_id))
-                return wire.CommitReply(request.id, self._generation, resident)
+                return wire.CommitReply(request.id, self._generation, resident, self._used_bytes())
             case wire.Drop():
                 table.drop(request.namespace, request.program)
             case wire.Mark():
@@ -278,6 +279,10 @@ class KVTierModule:
         used, total = self._storage.get_l1_usage()
         counts = self._table.counts()
         return wire.StatusReply(request_id, self._generation, used, total, **counts)
+
+    def _used_bytes(self) -> int:
+        used, _ = self._storage.get_l1_usage()
+        return int(used)
 
     def _release_dead_owners(self, now_s: float) -> None:
         for identity, (owner, pid, started_s) in list(self._owners.items()):

@@ -221,7 +221,13 @@ def _engine(engine: observability_pb2.EngineStatus) -> EngineStatus:
         gpu=GpuTier(
             gpu.total_bytes, gpu.free_bytes, gpu.pinned_bytes, gpu.budget_bytes, gpu.programs
         ),
-        cpu=CpuTier(cpu.state, cpu.total_bytes, cpu.staging_programs, cpu.loading_requests),
+        cpu=CpuTier(
+            cpu.state,
+            cpu.total_bytes,
+            cpu.staging_programs,
+            cpu.loading_requests,
+            cpu.used_bytes if cpu.HasField("used_bytes") else None,
+        ),
         link=Link(
             link.to_cpu_bytes_per_s,
             link.to_gpu_bytes_per_s,

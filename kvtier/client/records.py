@@ -263,12 +263,16 @@ class GpuTier:
 
 @dataclass(frozen=True, slots=True)
 class CpuTier:
-    """The CPU tier; `state` is ready, starting, lost or off."""
+    """The CPU tier; `state` is ready, starting, lost or off.
+
+    `used_bytes` is what the KV of all engines that share it takes; None where it is not known.
+    """
 
     state: str
     total_bytes: int
     staging_programs: int
     loading_requests: int
+    used_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,7 @@ class EngineStatus:
             waiting_tokens=waiting_tokens,
             queue_delay_s=policy.queue_delay_s(waiting_tokens),
             tier_state=_TIER_STATES[half.tier.state],
+            tier_used_bytes=half.tier.used_bytes,
             tier_bytes=region.size_bytes if region is not None else 0,
             staging_programs=half.stager.n_jobs,
             loading_requests=half.reader.n_loads,

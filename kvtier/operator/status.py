@@ -70,8 +70,9 @@ def _gpu(gpu: "GpuTier") -> str:
 
 
 def _cpu(cpu: "CpuTier") -> str:
+    used = "" if cpu.used_bytes is None else f"{show_bytes(cpu.used_bytes)} used of "
     return (
-        f"{cpu.state}, {show_bytes(cpu.total_bytes)}; programs being staged: {cpu.staging_programs}, "
+        f"{cpu.state}, {used}{show_bytes(cpu.total_bytes)}; programs being staged: {cpu.staging_programs}, "
         f"requests being loaded: {cpu.loading_requests}"
     )
 

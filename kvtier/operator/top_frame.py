@@ -115,10 +115,11 @@ def _engine(engine: EngineStatus, view: View) -> Table:
         Bar([(gpu.pinned_bytes, "█", "#", "cyan")], gpu.budget_bytes),
         f"{show_bytes(gpu.pinned_bytes)} of a budget of {show_bytes(gpu.budget_bytes)}",
     )
+    used = "" if cpu.used_bytes is None else f"{show_bytes(cpu.used_bytes)} used of "
     grid.add_row(
         "cpu",
         Text(plain(cpu.state), style=_STATE_STYLES.get(cpu.state, "")),
-        f"{show_bytes(cpu.total_bytes)}, staging {cpu.staging_programs} programs, loading "
+        f"{used}{show_bytes(cpu.total_bytes)}, staging {cpu.staging_programs} programs, loading "
         f"{cpu.loading_requests} requests",
     )
     grid.add_row(

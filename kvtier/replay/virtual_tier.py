@@ -45,6 +45,11 @@ class VirtualTier:
         self._next_id = 0
         self._answers: list[TierEvent] = []
 
+    @property
+    def used_bytes(self) -> int | None:
+        """See `TierBackend`."""
+        return self.table.counts()["chunks"] * self._slot_bytes
+
     def lookup(self, namespace: str, program: str, keys: bytes) -> int:
         """See `TierBackend`."""
         op_id = self._take_id()

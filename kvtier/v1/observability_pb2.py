@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from kvtier.v1 import outcome_pb2 as kvtier_dot_v1_dot_outcome__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvtier/v1/observability.proto\x12\tkvtier.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17kvtier/v1/outcome.proto\"\x12\n\x10GetStatusRequest\"\x90\x01\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12(\n\x07\x65ngines\x18\x02 \x03(\x0b\x32\x17.kvtier.v1.EngineStatus\x12.\n\nstarted_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08watchers\x18\x04 \x01(\x05\"\xaa\x03\n\x0c\x45ngineStatus\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\x0c\n\x04mode\x18\x04 \x01(\t\x12.\n\nstarted_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0breported_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08wakeable\x18\x07 \x01(\x08\x12\x1f\n\x03gpu\x18\x08 \x01(\x0b\x32\x12.kvtier.v1.GpuTier\x12\x1f\n\x03\x63pu\x18\t \x01(\x0b\x32\x12.kvtier.v1.CpuTier\x12\x1d\n\x04link\x18\n \x01(\x0b\x32\x0f.kvtier.v1.Link\x12\x1f\n\x05queue\x18\x0b \x01(\x0b\x32\x10.kvtier.v1.Queue\x12\x37\n\x08versions\x18\x0c \x03(\x0b\x32%.kvtier.v1.EngineStatus.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"p\n\x07GpuTier\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x03\x12\x12\n\nfree_bytes\x18\x02 \x01(\x03\x12\x14\n\x0cpinned_bytes\x18\x03 \x01(\x03\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x03\x12\x10\n\x08programs\x18\x05 \x01(\x03\"a\n\x07\x43puTier\x12\r\n\x05state\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12\x18\n\x10staging_programs\x18\x03 \x01(\x03\x12\x18\n\x10loading_requests\x18\x04 \x01(\x03\"q\n\x04Link\x12\x1a\n\x12to_cpu_bytes_per_s\x18\x01 \x01(\x01\x12\x1a\n\x12to_gpu_bytes_per_s\x18\x02 \x01(\x01\x12\x31\n\rcalibrated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"}\n\x05Queue\x12\x18\n\x10running_requests\x18\x01 \x01(\x03\x12\x18\n\x10waiting_requests\x18\x02 \x01(\x03\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x03\x12(\n\x05\x64\x65lay\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"E\n\x16\x45xplainDecisionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05limit\x18\x03 \x01(\x05\"A\n\x17\x45xplainDecisionResponse\x12&\n\tdecisions\x18\x01 \x03(\x0b\x32\x13.kvtier.v1.Decision\"\xbe\x02\n\x08\x44\x65\x63ision\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12.\n\ndecided_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65vent\x18\x04 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12&\n\x03ttl\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x05\x63osts\x18\x08 \x03(\x0b\x32\x15.kvtier.v1.OptionCost\x12/\n\x06inputs\x18\t \x03(\x0b\x32\x1f.kvtier.v1.Decision.InputsEntry\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8f\x01\n\nOptionCost\x12\x0e\n\x06option\x18\x01 \x01(\t\x12\x0e\n\x06\x63ost_s\x18\x02 \x01(\x01\x12\x32\n\x07parts_s\x18\x03 \x03(\x0b\x32!.kvtier.v1.OptionCost.PartsSEntry\x1a-\n\x0bPartsSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"A\n\x12WatchEventsRequest\x12\r\n\x05kinds\x18\x01 \x03(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"P\n\x13WatchEventsResponse\x12!\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.kvtier.v1.EventH\x00\x12\x0e\n\x04lost\x18\x02 \x01(\x03H\x00\x42\x06\n\x04item\"\x8f\x02\n\x05\x45vent\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12/\n\x0bhappened_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12%\n\x08\x64\x65\x63ision\x18\x07 \x01(\x0b\x32\x13.kvtier.v1.Decision\x12,\n\x06\x66ields\x18\x08 \x03(\x0b\x32\x1c.kvtier.v1.Event.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"%\n\x10\x43\x61librateRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\">\n\x11\x43\x61librateResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.kvtier.v1.CommandResult2\xd0\x02\n\x14ObservabilityService\x12\x46\n\tGetStatus\x12\x1b.kvtier.v1.GetStatusRequest\x1a\x1c.kvtier.v1.GetStatusResponse\x12X\n\x0f\x45xplainDecision\x12!.kvtier.v1.ExplainDecisionRequest\x1a\".kvtier.v1.ExplainDecisionResponse\x12N\n\x0bWatchEvents\x12\x1d.kvtier.v1.WatchEventsRequest\x1a\x1e.kvtier.v1.WatchEventsResponse0\x01\x12\x46\n\tCalibrate\x12\x1b.kvtier.v1.CalibrateRequest\x1a\x1c.kvtier.v1.CalibrateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvtier/v1/observability.proto\x12\tkvtier.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17kvtier/v1/outcome.proto\"\x12\n\x10GetStatusRequest\"\x90\x01\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12(\n\x07\x65ngines\x18\x02 \x03(\x0b\x32\x17.kvtier.v1.EngineStatus\x12.\n\nstarted_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08watchers\x18\x04 \x01(\x05\"\xaa\x03\n\x0c\x45ngineStatus\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\x0c\n\x04mode\x18\x04 \x01(\t\x12.\n\nstarted_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0breported_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08wakeable\x18\x07 \x01(\x08\x12\x1f\n\x03gpu\x18\x08 \x01(\x0b\x32\x12.kvtier.v1.GpuTier\x12\x1f\n\x03\x63pu\x18\t \x01(\x0b\x32\x12.kvtier.v1.CpuTier\x12\x1d\n\x04link\x18\n \x01(\x0b\x32\x0f.kvtier.v1.Link\x12\x1f\n\x05queue\x18\x0b \x01(\x0b\x32\x10.kvtier.v1.Queue\x12\x37\n\x08versions\x18\x0c \x03(\x0b\x32%.kvtier.v1.EngineStatus.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"p\n\x07GpuTier\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x03\x12\x12\n\nfree_bytes\x18\x02 \x01(\x03\x12\x14\n\x0cpinned_bytes\x18\x03 \x01(\x03\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x03\x12\x10\n\x08programs\x18\x05 \x01(\x03\"\x89\x01\n\x07\x43puTier\x12\r\n\x05state\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12\x18\n\x10staging_programs\x18\x03 \x01(\x03\x12\x18\n\x10loading_requests\x18\x04 \x01(\x03\x12\x17\n\nused_bytes\x18\x05 \x01(\x03H\x00\x88\x01\x01\x42\r\n\x0b_used_bytes\"q\n\x04Link\x12\x1a\n\x12to_cpu_bytes_per_s\x18\x01 \x01(\x01\x12\x1a\n\x12to_gpu_bytes_per_s\x18\x02 \x01(\x01\x12\x31\n\rcalibrated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"}\n\x05Queue\x12\x18\n\x10running_requests\x18\x01 \x01(\x03\x12\x18\n\x10waiting_requests\x18\x02 \x01(\x03\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x03\x12(\n\x05\x64\x65lay\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"E\n\x16\x45xplainDecisionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05limit\x18\x03 \x01(\x05\"A\n\x17\x45xplainDecisionResponse\x12&\n\tdecisions\x18\x01 \x03(\x0b\x32\x13.kvtier.v1.Decision\"\xbe\x02\n\x08\x44\x65\x63ision\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12.\n\ndecided_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65vent\x18\x04 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12&\n\x03ttl\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x05\x63osts\x18\x08 \x03(\x0b\x32\x15.kvtier.v1.OptionCost\x12/\n\x06inputs\x18\t \x03(\x0b\x32\x1f.kvtier.v1.Decision.InputsEntry\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8f\x01\n\nOptionCost\x12\x0e\n\x06option\x18\x01 \x01(\t\x12\x0e\n\x06\x63ost_s\x18\x02 \x01(\x01\x12\x32\n\x07parts_s\x18\x03 \x03(\x0b\x32!.kvtier.v1.OptionCost.PartsSEntry\x1a-\n\x0bPartsSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"A\n\x12WatchEventsRequest\x12\r\n\x05kinds\x18\x01 \x03(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"P\n\x13WatchEventsResponse\x12!\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.kvtier.v1.EventH\x00\x12\x0e\n\x04lost\x18\x02 \x01(\x03H\x00\x42\x06\n\x04item\"\x8f\x02\n\x05\x45vent\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12/\n\x0bhappened_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12%\n\x08\x64\x65\x63ision\x18\x07 \x01(\x0b\x32\x13.kvtier.v1.Decision\x12,\n\x06\x66ields\x18\x08 \x03(\x0b\x32\x1c.kvtier.v1.Event.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"%\n\x10\x43\x61librateRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\">\n\x11\x43\x61librateResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.kvtier.v1.CommandResult2\xd0\x02\n\x14ObservabilityService\x12\x46\n\tGetStatus\x12\x1b.kvtier.v1.GetStatusRequest\x1a\x1c.kvtier.v1.GetStatusResponse\x12X\n\x0f\x45xplainDecision\x12!.kvtier.v1.ExplainDecisionRequest\x1a\".kvtier.v1.ExplainDecisionResponse\x12N\n\x0bWatchEvents\x12\x1d.kvtier.v1.WatchEventsRequest\x1a\x1e.kvtier.v1.WatchEventsResponse0\x01\x12\x46\n\tCalibrate\x12\x1b.kvtier.v1.CalibrateRequest\x1a\x1c.kvtier.v1.CalibrateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,36 +52,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENGINESTATUS_VERSIONSENTRY']._serialized_end=728
   _globals['_GPUTIER']._serialized_start=730
   _globals['_GPUTIER']._serialized_end=842
-  _globals['_CPUTIER']._serialized_start=844
-  _globals['_CPUTIER']._serialized_end=941
-  _globals['_LINK']._serialized_start=943
-  _globals['_LINK']._serialized_end=1056
-  _globals['_QUEUE']._serialized_start=1058
-  _globals['_QUEUE']._serialized_end=1183
-  _globals['_EXPLAINDECISIONREQUEST']._serialized_start=1185
-  _globals['_EXPLAINDECISIONREQUEST']._serialized_end=1254
-  _globals['_EXPLAINDECISIONRESPONSE']._serialized_start=1256
-  _globals['_EXPLAINDECISIONRESPONSE']._serialized_end=1321
-  _globals['_DECISION']._serialized_start=1324
-  _globals['_DECISION']._serialized_end=1642
-  _globals['_DECISION_INPUTSENTRY']._serialized_start=1597
-  _globals['_DECISION_INPUTSENTRY']._serialized_end=1642
-  _globals['_OPTIONCOST']._serialized_start=1645
-  _globals['_OPTIONCOST']._serialized_end=1788
-  _globals['_OPTIONCOST_PARTSSENTRY']._serialized_start=1743
-  _globals['_OPTIONCOST_PARTSSENTRY']._serialized_end=1788
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=1790
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=1855
-  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1857
-  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1937
-  _globals['_EVENT']._serialized_start=1940
-  _globals['_EVENT']._serialized_end=2211
-  _globals['_EVENT_FIELDSENTRY']._serialized_start=2166
-  _globals['_EVENT_FIELDSENTRY']._serialized_end=2211
-  _globals['_CALIBRATEREQUEST']._serialized_start=2213
-  _globals['_CALIBRATEREQUEST']._serialized_end=2250
-  _globals['_CALIBRATERESPONSE']._serialized_start=2252
-  _globals['_CALIBRATERESPONSE']._serialized_end=2314
-  _globals['_OBSERVABILITYSERVICE']._serialized_start=2317
-  _globals['_OBSERVABILITYSERVICE']._serialized_end=2653
+  _globals['_CPUTIER']._serialized_start=845
+  _globals['_CPUTIER']._serialized_end=982
+  _globals['_LINK']._serialized_start=984
+  _globals['_LINK']._serialized_end=1097
+  _globals['_QUEUE']._serialized_start=1099
+  _globals['_QUEUE']._serialized_end=1224
+  _globals['_EXPLAINDECISIONREQUEST']._serialized_start=1226
+  _globals['_EXPLAINDECISIONREQUEST']._serialized_end=1295
+  _globals['_EXPLAINDECISIONRESPONSE']._serialized_start=1297
+  _globals['_EXPLAINDECISIONRESPONSE']._serialized_end=1362
+  _globals['_DECISION']._serialized_start=1365
+  _globals['_DECISION']._serialized_end=1683
+  _globals['_DECISION_INPUTSENTRY']._serialized_start=1638
+  _globals['_DECISION_INPUTSENTRY']._serialized_end=1683
+  _globals['_OPTIONCOST']._serialized_start=1686
+  _globals['_OPTIONCOST']._serialized_end=1829
+  _globals['_OPTIONCOST_PARTSSENTRY']._serialized_start=1784
+  _globals['_OPTIONCOST_PARTSSENTRY']._serialized_end=1829
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=1831
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=1896
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1898
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1978
+  _globals['_EVENT']._serialized_start=1981
+  _globals['_EVENT']._serialized_end=2252
+  _globals['_EVENT_FIELDSENTRY']._serialized_start=2207
+  _globals['_EVENT_FIELDSENTRY']._serialized_end=2252
+  _globals['_CALIBRATEREQUEST']._serialized_start=2254
+  _globals['_CALIBRATEREQUEST']._serialized_end=2291
+  _globals['_CALIBRATERESPONSE']._serialized_start=2293
+  _globals['_CALIBRATERESPONSE']._serialized_end=2355
+  _globals['_OBSERVABILITYSERVICE']._serialized_start=2358
+  _globals['_OBSERVABILITYSERVICE']._serialized_end=2694
 # @@protoc_insertion_point(module_scope)

@@ -193,11 +193,14 @@ class CpuTier(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     STAGING_PROGRAMS_FIELD_NUMBER: _builtins.int
     LOADING_REQUESTS_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
     state: _builtins.str
     """"ready", "starting", "lost" or "off"."""
     total_bytes: _builtins.int
     staging_programs: _builtins.int
     loading_requests: _builtins.int
+    used_bytes: _builtins.int
+    """What the KV of all engines that share it takes; unset where it is not known."""
     def __init__(
         self,
         *,
@@ -205,12 +208,15 @@ class CpuTier(_message.Message):
         total_bytes: _builtins.int = ...,
         staging_programs: _builtins.int = ...,
         loading_requests: _builtins.int = ...,
+        used_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_used_bytes", b"_used_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loading_requests", b"loading_requests", "staging_programs", b"staging_programs", "state", b"state", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_used_bytes", b"_used_bytes", "loading_requests", b"loading_requests", "staging_programs", b"staging_programs", "state", b"state", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__used_bytes: _TypeAlias = _typing.Literal["used_bytes"]  # noqa: Y015
+    _WhichOneofArgType__used_bytes: _TypeAlias = _typing.Literal["_used_bytes", b"_used_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__used_bytes) -> _WhichOneofReturnType__used_bytes | None: ...
 
 Global___CpuTier: _TypeAlias = CpuTier  # noqa: Y015
 

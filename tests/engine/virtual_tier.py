@@ -44,6 +44,7 @@ class VirtualTier:
     """
 
     region: Region | None = Region("virtual", 1 << 30, "1")
+    used_bytes: int | None = None
 
     def __init__(self, n_slots: int = 1000, answer_after: int = 0) -> None:
         self.state = TierState.READY

@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 import zmq
 
@@ -42,6 +43,7 @@ class Server(threading.Thread):
             or a message; None to stay silent).
         hellos: Owners that have said hello, in order.
         seen: Requests other than hellos.
+        used: Bytes that it says are used.
     """
 
     def __init__(self, endpoint: str, generation: str = "one", l1_slots: int = 8) -> None:
@@ -52,6 +54,7 @@ class Server(threading.Thread):
             lambda _, reply: reply
         )
         self.policy = "noop"
+        self.used = 0
         self.hellos: list[str] = []
         self.seen: list[wire.Request] = []
         self.owners: dict[bytes, str] = {}
@@ -79,14 +82,14 @@ class Server(threading.Thread):
         self.join(WAIT_S)
         assert not self.is_alive()
 
-    def _reply(self, identity: bytes, request: wire.Request) -> wire.Reply:
+    def _reply(self, identity: bytes, request: wire.Request) -> wire.Reply:  # noqa: C901 - a case a request
         if isinstance(request, wire.Hello):
             self.hellos.append(request.owner)
             if request.api != wire.API_VERSION:
                 return wire.Failed(request.id, "api_mismatch", "other version")
             self.owners[identity] = request.owner
             return wire.HelloReply(
-                request.id, wire.API_VERSION, self.generation, "shm", 800, self.policy
+                request.id, wire.API_VERSION, self.generation, "shm", 800, self.policy, self.used
             )
         self.seen.append(request)
         owner = self.owners.get(identity)
@@ -111,7 +114,9 @@ class Server(threading.Thread):
                 resident = self.table.commit(owner, r.reserve_id, 0.0, ok=r.ok)
                 if resident is None:
                     return wire.Failed(r.id, "unknown_reservation", "")
-                return wire.CommitReply(r.id, self.generation, resident)
+                return wire.CommitReply(r.id, self.generation, resident, self.used)
+            case wire.Status():
+                return wire.StatusReply(r.id, self.generation, self.used, 800, 1, 1, 0, 0, 0)
             case wire.Drop():
                 self.table.drop(r.namespace, r.program)
             case wire.Mark():
@@ -398,6 +403,33 @@ def test_a_restarted_server_has_another_region(endpoint: str, client: Client) ->
         TierState.READY,
     ]
     second.stop()
+
+
+def test_it_knows_how_much_of_the_tier_is_used(server: Server, client: Client) -> None:
+    assert client.bridge.used_bytes is None
+    server.used = 100
+    client.ready()
+    assert client.bridge.used_bytes == 100
+    server.used = 400
+    client.store()
+    assert client.bridge.used_bytes == 400, "at once: the engine may be idle from now on"
+    # Other engines fill it too.
+    server.used = 700
+    before = len(server.seen)
+    client.until(lambda: client.bridge.used_bytes == 700, step_s=0.1)
+    asked = [request for request in server.seen[before:] if isinstance(request, wire.Status)]
+    assert len(asked) <= 2, "once in a while is enough"
+    server.stop()
+    client.until(lambda: client.bridge.state is TierState.AWAY, step_s=1.0)
+    assert client.bridge.used_bytes is None
+
+
+def test_a_server_of_before_tells_no_use() -> None:
+    reply = wire.reply_decoder.decode(
+        msgspec.msgpack.encode(["HelloReply", 0, wire.API_VERSION, "one", "shm", 800, "noop"])
+    )
+    assert isinstance(reply, wire.HelloReply)
+    assert reply.used_bytes is None
 
 
 def test_a_restart_that_nobody_noticed(server: Server, client: Client) -> None:

@@ -74,6 +74,12 @@ class VirtualTier:
         return Region("virtual", self._n_slots * self._slot_bytes, str(self._generation))
 
     @property
+    def used_bytes(self) -> int | None:
+        if self.state is not TierState.READY:
+            return None
+        return self.table.counts()["chunks"] * self._slot_bytes
+
+    @property
     def idle(self) -> bool:
         """No answer is out."""
         return not self._answers

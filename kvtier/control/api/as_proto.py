@@ -159,6 +159,8 @@ def engine_status(engine: EngineRecord, *, wakeable: bool) -> observability_pb2.
     message.gpu.programs = count(gauges.programs)
     message.cpu.state = gauges.tier_state
     message.cpu.total_bytes = count(gauges.tier_bytes)
+    if gauges.tier_used_bytes is not None:
+        message.cpu.used_bytes = count(gauges.tier_used_bytes)
     message.cpu.staging_programs = count(gauges.staging_programs)
     message.cpu.loading_requests = count(gauges.loading_requests)
     message.link.to_cpu_bytes_per_s = gauges.to_cpu_bytes_per_s

@@ -16,6 +16,7 @@ from tests.unit.control.control_host import Host, Refused, in_background, wait_u
 from tests.unit.fake_vllm import BLOCK_TOKENS
 from tests.unit.mini_engine import MiniEngine
 from tests.unit.program_cases import evict, follow_up, prompt, turn
+from tests.unit.virtual_tier import VirtualTier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -147,6 +148,21 @@ def test_a_prefetch_and_what_an_announcement_changed_are_explained(rig: Rig) -> 
     rig.until(lambda: decisions()[0].action == "end")
     ended = decisions()[0]
     assert (ended.event, ended.reason, ended.inputs["tokens"]) == ("prefetch", "loaded", "32")
+
+
+def test_the_use_of_the_cpu_tier_is_told(rig: Rig) -> None:
+    def used() -> int | None:
+        (engine,) = rig.status().engines
+        return engine.cpu.used_bytes if engine.cpu.HasField("used_bytes") else None
+
+    rig.until(lambda: used() == 0)
+    rig.engine.run(turn("r1", prompt(30), session="agent"))
+    # 4 chunks of 8 tokens.
+    rig.until(lambda: used() == 4)
+    assert isinstance(rig.engine.tier, VirtualTier)
+    rig.engine.tier.lose()
+    rig.engine.now_s += 2.0
+    rig.until(lambda: used() is None)
 
 
 def test_an_override_of_0_leaves_a_tools_next_pause_unpinned(rig: Rig) -> None:

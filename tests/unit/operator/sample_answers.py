@@ -25,7 +25,7 @@ def engine() -> observability_pb2.EngineStatus:
             programs=2,
         ),
         cpu=observability_pb2.CpuTier(
-            state="ready", total_bytes=64 * GIB, staging_programs=1, loading_requests=2
+            state="ready", total_bytes=64 * GIB, staging_programs=1, loading_requests=2, used_bytes=16 * GIB
         ),
         link=observability_pb2.Link(
             to_cpu_bytes_per_s=12.5e9, to_gpu_bytes_per_s=25e9, calibrated_at=time_of(ago(86400))

@@ -45,7 +45,10 @@ def test_status_shows_each_engine(kvtier: Run, server: ScriptedControl) -> None:
     assert lines[0].startswith(f"control server 0.1.0 at {server.target}, up 1h")
     assert "e0 small-model" in lines
     assert "gpu 8.0 GiB: 3.0 GiB pinned of a budget of 4.0 GiB, 2.0 GiB free; programs: 2" in lines
-    assert "cpu tier ready, 64.0 GiB; programs being staged: 1, requests being loaded: 2" in lines
+    assert (
+        "cpu tier ready, 16.0 GiB used of 64.0 GiB; programs being staged: 1, requests being loaded: 2"
+        in lines
+    )
     assert "link to cpu 12.50 GB/s, to gpu 25.00 GB/s; calibrated 1d ago" in lines
     assert "queue running: 5, waiting: 6 (12,345 tokens), a new request waits 1.5s" in lines
     assert "when idle commands reach it at once" in lines
