@@ -57,7 +57,8 @@ class EngineEvents(Happenings):
         known = self._programs.get(turn.program)
         if known is None:
             program = start.program
-            key = messages.ProgramKey(program.tenant, program.name, program.kind == "named")
+            tenant = None if program.tenant is None else _text(program.tenant)
+            key = messages.ProgramKey(tenant, _text(program.name), program.kind == "named")
             known = KnownProgram(key, turn.arrived_s, turn.arrived_s)
             self._programs[turn.program] = known
         known.turns = start.turn_index + 1
@@ -231,3 +232,8 @@ _DECISIONS: Final[dict[str, Literal["pause", "return", "prefetch"]]] = {
 }
 _OUTCOME: Final = frozenset({"action", "reason", "ttl_s", "costs"})
 """Of a decision's entry, what is no input."""
+
+
+def _text(name: str) -> str:
+    """A name as a message can hold it: without the lone surrogates that JSON escapes can make."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -211,7 +211,14 @@ class EngineLink(EngineEvents):
     def _send(self, message: messages.ToServer) -> bool:
         """Send, or find that nobody listens (any more)."""
         try:
-            self._socket.send(messages.encoder.encode(message), zmq.NOBLOCK)
+            frame = messages.encoder.encode(message)
+        except (TypeError, ValueError, OverflowError):
+            logger.exception("a message to the control server cannot be written, and is left out")
+            if isinstance(message, messages.Report):
+                self._lost += len(message.events) + message.lost
+            return True
+        try:
+            self._socket.send(frame, zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if not isinstance(error, zmq.Again):
                 logger.warning("nothing can be told to the control server: %s", error)

@@ -18,10 +18,14 @@ from hypothesis.stateful import (
     rule,
 )
 
+from kvtier import link_messages as messages
 from kvtier.backend import TierState
 from kvtier.gpu_pin import ReleaseCause
+from kvtier.link_messages import ProgramKey
 from kvtier.programs import ProgramId, ProgramLimits
+from kvtier.ttl.tenant_budgets import TenantBudget
 from kvtier.turns.live_mode import Mode
+from tests.unit.command_cases import ScriptedLink
 from tests.unit.fake_vllm import FakeRequest
 from tests.unit.mini_engine import MiniEngine
 from tests.unit.virtual_tier import VirtualTier
@@ -29,6 +33,53 @@ from tests.unit.virtual_tier import VirtualTier
 PROGRAMS = ["a", "b", "c"]
 MAX_SHOCKS = 3
 """Losses of the tier and weight updates in one run: with more, nothing is ever read back."""
+
+
+COMMANDS: dict[str, Any] = {
+    "pin": messages.PinCommand,
+    "release": messages.ReleaseCommand,
+    "stage": messages.StageCommand,
+    "prefetch": messages.PrefetchCommand,
+    "tool_call": messages.ToolCallCommand,
+    "tool_return": messages.ToolReturnCommand,
+    "end": messages.EndCommand,
+    "overrides": messages.OverridesCommand,
+    "policy": messages.PolicyCommand,
+}
+FIELDS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+    "pin": st.fixed_dictionaries({"ttl_s": st.sampled_from([0.02, 5.0, 1e6])}),
+    "release": st.just({}),
+    "stage": st.just({}),
+    "prefetch": st.just({}),
+    "tool_call": st.fixed_dictionaries(
+        {"tool": st.just("t"), "p50_s": st.sampled_from([None, 0.1, 1000.0])}
+    ),
+    "tool_return": st.just({}),
+    "end": st.just({}),
+    "overrides": st.sampled_from(
+        [
+            {"overrides": overrides}
+            for overrides in (
+                [],
+                [messages.TtlOverride(mode="fixed", ttl_s=0.0)],
+                [messages.TtlOverride(mode="cap", ttl_s=3.0)],
+                [messages.TtlOverride(mode="floor", ttl_s=30.0)],
+            )
+        ]
+    ),
+    "policy": st.sampled_from(
+        [
+            {"mode": "shadow"},
+            {"mode": "off"},
+            {"mode": "on"},
+            {"pin_budget_fraction": 0.2},
+            {"pin_budget_fraction": 1.0},
+            {"max_ttl_s": 2.0},
+            {"stage": False},
+            {"stage": True},
+        ]
+    ),
+}
 
 
 class SchedulerHalfMachine(RuleBasedStateMachine):
@@ -40,10 +91,18 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
         ranks=st.sampled_from([1, 2]),
         budget=st.sampled_from([0.3, 1.0]),
         window_chunks=st.sampled_from([1, 2, 100]),
+        byte_seconds=st.sampled_from([0, 20_000, 10**9]),
     )
     def start(
-        self, n_blocks: int, n_slots: int, ranks: int, budget: float, window_chunks: int
+        self,
+        n_blocks: int,
+        n_slots: int,
+        ranks: int,
+        budget: float,
+        window_chunks: int,
+        byte_seconds: int,
     ) -> None:
+        self.link = ScriptedLink()
         self.tier = VirtualTier(n_slots=n_slots, ranks=ranks)
         self.engine = MiniEngine(
             n_blocks=n_blocks,
@@ -51,7 +110,10 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
             ranks=ranks,
             limits=ProgramLimits(forget_after_s=2000.0),
             pin_budget_fraction=budget,
+            link=self.link,
         )
+        if byte_seconds:
+            self.engine.half.policy.ttl.budgets.replace([TenantBudget(None, byte_seconds, 60.0)])
         # Prefetch in pieces, as long contexts are.
         self.engine.half.prefetcher._pieces._piece_chunks = 1
         self.engine.half.prefetcher._pieces._window_bytes = (
@@ -156,6 +218,29 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
                 named[program], n_new=3, n_output=2, fresh=False, n_steps=6, named=True, hints=None
             )
 
+    @rule(
+        kind=st.sampled_from(list(COMMANDS)),
+        data=st.data(),
+        program=st.sampled_from(PROGRAMS),
+        paused=st.booleans(),
+        wake=st.booleans(),
+    )
+    def command(
+        self, kind: str, data: st.DataObject, program: str, paused: bool, wake: bool
+    ) -> None:
+        """An operator or a client asks for something, at any moment."""
+        if paused:
+            self.engine.run(max_steps=2000)
+        command, fields = COMMANDS[kind], data.draw(FIELDS[kind])
+        if kind not in ("overrides", "policy"):
+            fields = {"program": ProgramKey(None, program), **fields}
+        self.next_id += 1
+        self.link.queue.append(command(id=self.next_id, **fields))
+        if wake:
+            self.engine.wake()
+            assert self.link.answers[-1].id == self.next_id
+        assert all(answer.reason != "internal" for answer in self.link.answers)
+
     @rule(n_steps=st.integers(1, 8))
     def steps(self, n_steps: int) -> None:
         for _ in range(n_steps):
@@ -242,6 +327,27 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
         assert pins.pinned_blocks <= pins.budget_blocks
 
     @invariant()
+    def tenants_pay_for_their_pins(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        half = self.engine.half
+        budgets = half.policy.ttl.budgets
+        for budget in budgets.all():
+            left = budgets.left(budget.tenant, self.engine.now_s)
+            assert -1e-3 <= left <= budget.byte_seconds
+            charged = budgets._accounts[budget.tenant].charged
+            assert charged.keys() <= {pin.key for pin in half.pins.pins()}
+            for pin in half.pins.pins():
+                n_bytes = len(pin.block_ids) * half.facts.block_bytes * half.facts.ranks
+                due = n_bytes * (pin.deadline_s - self.engine.now_s)
+                assert charged[pin.key] >= due - 1e-3
+
+    @invariant()
+    def nothing_is_pinned_unless_kvtier_is_on(self) -> None:
+        if hasattr(self, "engine") and self.engine.half.housekeeping._seen_mode is not Mode.ON:
+            assert len(self.engine.half.pins) == 0
+
+    @invariant()
     def prompt_tokens_add_up(self) -> None:
         if hasattr(self, "engine"):
             totals = self.engine.stats.totals
@@ -251,6 +357,7 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         engine = self.engine
+        engine.half.live_mode.set(Mode.ON)
         engine.run(max_steps=2000)
         assert not self.unfinished(), "a request waits for ever"
         assert self.tier.state is TierState.READY
@@ -270,6 +377,7 @@ class SchedulerHalfMachine(RuleBasedStateMachine):
         half = engine.half
         left = (half._turns, half._waiting_tokens, half.stager.copies._staged, half.returns._chains)
         assert not any(left), left
+        assert half.policy.ttl.announcements.n_turns == 0
         assert not half.prefetcher.busy()
         assert (len(half.prefetcher.paused), half.prefetcher.paused.n_bytes) == (0, 0)
         assert not half.prefetcher._lookups._reader._reads

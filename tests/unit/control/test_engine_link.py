@@ -357,6 +357,35 @@ def test_nothing_is_kept_to_be_told_when_the_server_goes(
     raise AssertionError("the engine runs for a server that is gone")
 
 
+def test_names_that_are_no_text_are_told_as_well_as_they_can_be(rig: Rig, server: Server) -> None:
+    """A lone surrogate of a JSON escape, which no message can hold."""
+    rig.engine.run(turn("r1", prompt(30), session="a\ud800b", cache_salt="\udfff"))
+    server.bind()
+    page = rig.follow()
+    assert page.programs[0].program == messages.ProgramKey("\\udfff", "a\\ud800b")
+    rig.engine.run(turn("r2", prompt(40), session="a\ud800b", cache_salt="\udfff"))
+    rig.engine.half.report(rig.engine.now_s)
+    assert "TurnEnded" in {type(event).__name__ for event in events(server.all())}
+
+
+def test_what_cannot_be_written_is_lost_and_counted(rig: Rig, server: Server) -> None:
+    """Whatever a decision's entry holds: following kvtier must not end it."""
+    server.bind()
+    rig.engine.run(turn("r1", prompt(30), session="agent"))
+    rig.follow()
+    program = rig.engine.half.pins.of_program(next(iter(rig.link._programs)))[0].program
+    server.all()
+    for value in (object(), "\ud800", 1 << 80):
+        entry = {"action": "a", "reason": "r", "value": value}
+        rig.link.decided("pause", program, "r1", entry)
+        rig.engine.half.report(rig.engine.now_s + 100.0)
+    rig.engine.half.report(rig.engine.now_s + 1000.0)
+    found = server.all()
+    assert sum(m.lost for m in found if isinstance(m, messages.Report)) == 3
+    assert rig.link.is_followed
+    rig.until(messages.Programs)
+
+
 def test_a_server_that_has_gone_is_found_again(rig: Rig, server: Server) -> None:
     server.bind()
     rig.follow()
