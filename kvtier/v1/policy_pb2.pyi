@@ -31,7 +31,7 @@ class _ModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Mode.ValueType],
     MODE_UNSPECIFIED: _Mode.ValueType  # 0
     MODE_ON: _Mode.ValueType  # 1
     MODE_SHADOW: _Mode.ValueType  # 2
-    """Decide and log, change nothing."""
+    """Decide and log, hold nothing."""
     MODE_OFF: _Mode.ValueType  # 3
 
 class Mode(_Mode, metaclass=_ModeEnumTypeWrapper): ...
@@ -39,7 +39,7 @@ class Mode(_Mode, metaclass=_ModeEnumTypeWrapper): ...
 MODE_UNSPECIFIED: Mode.ValueType  # 0
 MODE_ON: Mode.ValueType  # 1
 MODE_SHADOW: Mode.ValueType  # 2
-"""Decide and log, change nothing."""
+"""Decide and log, hold nothing."""
 MODE_OFF: Mode.ValueType  # 3
 Global___Mode: _TypeAlias = Mode  # noqa: Y015
 
@@ -122,7 +122,7 @@ class TenantBudget(_message.Message):
     tenant: _builtins.str
     """vLLM's `cache_salt`; empty: requests without one."""
     byte_seconds: _builtins.int
-    """Bytes of pinned GPU memory times the seconds that they are pinned."""
+    """Bytes of pinned GPU memory, of all ranks of an engine, times the seconds that they are pinned."""
     @_builtins.property
     def period(self) -> _duration_pb2.Duration:
         """Over which `byte_seconds` are refilled, evenly."""

@@ -61,7 +61,8 @@ class PolicyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdatePolicy(self, request, context):
-        """Changes the fields that the mask names, in all engines or in one; checked as at start.
+        """Changes the fields that the mask names, in all engines or in one; checked as at start. Each engine makes
+        the change as a whole or, where it rejects a part (a switch file sets the mode, say), not at all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

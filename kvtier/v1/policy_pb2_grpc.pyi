@@ -38,7 +38,9 @@ class PolicyServiceStub:
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_policy_pb2.GetPolicyRequest, _policy_pb2.GetPolicyResponse]
     """Returns the policy of each engine."""
     UpdatePolicy: _grpc.UnaryUnaryMultiCallable[_policy_pb2.UpdatePolicyRequest, _policy_pb2.UpdatePolicyResponse]
-    """Changes the fields that the mask names, in all engines or in one; checked as at start."""
+    """Changes the fields that the mask names, in all engines or in one; checked as at start. Each engine makes
+    the change as a whole or, where it rejects a part (a switch file sets the mode, say), not at all.
+    """
 
 @_typing.type_check_only
 class PolicyServiceAsyncStub(PolicyServiceStub):
@@ -50,7 +52,9 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     GetPolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.GetPolicyRequest, _policy_pb2.GetPolicyResponse]  # type: ignore[assignment]
     """Returns the policy of each engine."""
     UpdatePolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.UpdatePolicyRequest, _policy_pb2.UpdatePolicyResponse]  # type: ignore[assignment]
-    """Changes the fields that the mask names, in all engines or in one; checked as at start."""
+    """Changes the fields that the mask names, in all engines or in one; checked as at start. Each engine makes
+    the change as a whole or, where it rejects a part (a switch file sets the mode, say), not at all.
+    """
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     """What of an engine's settings may change while it runs. A change lasts until the engine stops: lasting
@@ -71,6 +75,8 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_pb2.UpdatePolicyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.UpdatePolicyResponse, _abc.Awaitable[_policy_pb2.UpdatePolicyResponse]]:
-        """Changes the fields that the mask names, in all engines or in one; checked as at start."""
+        """Changes the fields that the mask names, in all engines or in one; checked as at start. Each engine makes
+        the change as a whole or, where it rejects a part (a switch file sets the mode, say), not at all.
+        """
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -111,14 +111,14 @@ class ProgramServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PinProgram(self, request, context):
-        """Keeps a paused program's KV in GPU memory for a while, from now.
+        """Keeps a paused program's KV in GPU memory for a while, from now. An announced tool does not shorten that.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseProgram(self, request, context):
-        """Gives up a paused program's KV in GPU memory; its copy in the CPU tier stays.
+        """Gives up a paused program's KV in GPU memory, and stops a prefetch of it; its copy in the CPU tier stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -139,7 +139,8 @@ class ProgramServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def AnnounceToolCall(self, request, context):
-        """Says which tool the program runs now and for how long it is expected to.
+        """Says which tool the program runs now and for how long it is expected to. It counts for the turns that are
+        under way, or else for the present pauses; a sub-agent's later requests do not end it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

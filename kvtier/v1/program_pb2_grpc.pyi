@@ -44,15 +44,17 @@ class ProgramServiceStub:
     GetProgram: _grpc.UnaryUnaryMultiCallable[_program_pb2.GetProgramRequest, _program_pb2.GetProgramResponse]
     """Returns one program; NOT_FOUND where no engine knows it."""
     PinProgram: _grpc.UnaryUnaryMultiCallable[_program_pb2.PinProgramRequest, _program_pb2.PinProgramResponse]
-    """Keeps a paused program's KV in GPU memory for a while, from now."""
+    """Keeps a paused program's KV in GPU memory for a while, from now. An announced tool does not shorten that."""
     ReleaseProgram: _grpc.UnaryUnaryMultiCallable[_program_pb2.ReleaseProgramRequest, _program_pb2.ReleaseProgramResponse]
-    """Gives up a paused program's KV in GPU memory; its copy in the CPU tier stays."""
+    """Gives up a paused program's KV in GPU memory, and stops a prefetch of it; its copy in the CPU tier stays."""
     StageProgram: _grpc.UnaryUnaryMultiCallable[_program_pb2.StageProgramRequest, _program_pb2.StageProgramResponse]
     """Copies a paused program's KV to the CPU tier."""
     PrefetchProgram: _grpc.UnaryUnaryMultiCallable[_program_pb2.PrefetchProgramRequest, _program_pb2.PrefetchProgramResponse]
     """Loads a paused program's KV from the CPU tier into GPU memory: it is about to return."""
     AnnounceToolCall: _grpc.UnaryUnaryMultiCallable[_program_pb2.AnnounceToolCallRequest, _program_pb2.AnnounceToolCallResponse]
-    """Says which tool the program runs now and for how long it is expected to."""
+    """Says which tool the program runs now and for how long it is expected to. It counts for the turns that are
+    under way, or else for the present pauses; a sub-agent's later requests do not end it.
+    """
     AnnounceToolReturn: _grpc.UnaryUnaryMultiCallable[_program_pb2.AnnounceToolReturnRequest, _program_pb2.AnnounceToolReturnResponse]
     """Says that the program's tool has returned or is about to: its KV is brought back."""
     EndProgram: _grpc.UnaryUnaryMultiCallable[_program_pb2.EndProgramRequest, _program_pb2.EndProgramResponse]
@@ -74,15 +76,17 @@ class ProgramServiceAsyncStub(ProgramServiceStub):
     GetProgram: _aio.UnaryUnaryMultiCallable[_program_pb2.GetProgramRequest, _program_pb2.GetProgramResponse]  # type: ignore[assignment]
     """Returns one program; NOT_FOUND where no engine knows it."""
     PinProgram: _aio.UnaryUnaryMultiCallable[_program_pb2.PinProgramRequest, _program_pb2.PinProgramResponse]  # type: ignore[assignment]
-    """Keeps a paused program's KV in GPU memory for a while, from now."""
+    """Keeps a paused program's KV in GPU memory for a while, from now. An announced tool does not shorten that."""
     ReleaseProgram: _aio.UnaryUnaryMultiCallable[_program_pb2.ReleaseProgramRequest, _program_pb2.ReleaseProgramResponse]  # type: ignore[assignment]
-    """Gives up a paused program's KV in GPU memory; its copy in the CPU tier stays."""
+    """Gives up a paused program's KV in GPU memory, and stops a prefetch of it; its copy in the CPU tier stays."""
     StageProgram: _aio.UnaryUnaryMultiCallable[_program_pb2.StageProgramRequest, _program_pb2.StageProgramResponse]  # type: ignore[assignment]
     """Copies a paused program's KV to the CPU tier."""
     PrefetchProgram: _aio.UnaryUnaryMultiCallable[_program_pb2.PrefetchProgramRequest, _program_pb2.PrefetchProgramResponse]  # type: ignore[assignment]
     """Loads a paused program's KV from the CPU tier into GPU memory: it is about to return."""
     AnnounceToolCall: _aio.UnaryUnaryMultiCallable[_program_pb2.AnnounceToolCallRequest, _program_pb2.AnnounceToolCallResponse]  # type: ignore[assignment]
-    """Says which tool the program runs now and for how long it is expected to."""
+    """Says which tool the program runs now and for how long it is expected to. It counts for the turns that are
+    under way, or else for the present pauses; a sub-agent's later requests do not end it.
+    """
     AnnounceToolReturn: _aio.UnaryUnaryMultiCallable[_program_pb2.AnnounceToolReturnRequest, _program_pb2.AnnounceToolReturnResponse]  # type: ignore[assignment]
     """Says that the program's tool has returned or is about to: its KV is brought back."""
     EndProgram: _aio.UnaryUnaryMultiCallable[_program_pb2.EndProgramRequest, _program_pb2.EndProgramResponse]  # type: ignore[assignment]
@@ -119,7 +123,7 @@ class ProgramServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _program_pb2.PinProgramRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_program_pb2.PinProgramResponse, _abc.Awaitable[_program_pb2.PinProgramResponse]]:
-        """Keeps a paused program's KV in GPU memory for a while, from now."""
+        """Keeps a paused program's KV in GPU memory for a while, from now. An announced tool does not shorten that."""
 
     @_abc_1.abstractmethod
     def ReleaseProgram(
@@ -127,7 +131,7 @@ class ProgramServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _program_pb2.ReleaseProgramRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_program_pb2.ReleaseProgramResponse, _abc.Awaitable[_program_pb2.ReleaseProgramResponse]]:
-        """Gives up a paused program's KV in GPU memory; its copy in the CPU tier stays."""
+        """Gives up a paused program's KV in GPU memory, and stops a prefetch of it; its copy in the CPU tier stays."""
 
     @_abc_1.abstractmethod
     def StageProgram(
@@ -151,7 +155,9 @@ class ProgramServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _program_pb2.AnnounceToolCallRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_program_pb2.AnnounceToolCallResponse, _abc.Awaitable[_program_pb2.AnnounceToolCallResponse]]:
-        """Says which tool the program runs now and for how long it is expected to."""
+        """Says which tool the program runs now and for how long it is expected to. It counts for the turns that are
+        under way, or else for the present pauses; a sub-agent's later requests do not end it.
+        """
 
     @_abc_1.abstractmethod
     def AnnounceToolReturn(
