@@ -49,6 +49,8 @@ class Housekeeping:
     def run(self, now_s: float, *, urgent: bool = False) -> None:
         """Do what is due; `urgent`: the engine was woken, as there are commands."""
         self._answers.poll(now_s)
+        # Before commands, which would lengthen what is over: an idle engine ends no pin in time.
+        self._endings.note(*self._pins.expire(now_s))
         if self._control is not None:
             self._control.run(now_s, urgent=urgent)
         mode = self._mode.refresh(now_s)
@@ -60,7 +62,6 @@ class Housekeeping:
                 self._stager.cancel_all()
                 self._prefetcher.switched_off()
                 self._endings.note(*self._pins.release_all(ReleaseCause.OFF))
-        self._endings.note(*self._pins.expire(now_s))
         if now_s >= self._next_forget_s:
             self._next_forget_s = now_s + FORGET_INTERVAL_S
             for gone in self._programs.forget(now_s):

@@ -190,6 +190,17 @@ def test_what_two_prefetches_want_is_not_promised_twice(rig: Rig) -> None:
     assert sum(len(pin.block_ids) * (pin.deadline_s - engine.now_s) for pin in rig.pins) <= 80.0
 
 
+def test_a_pin_whose_time_was_over_while_the_engine_was_idle_is_not_lengthened(rig: Rig) -> None:
+    """It ends before commands are done, and begins anew with what GPU memory still holds."""
+    allow(rig, 80_000)
+    agent_turn(rig, cache_salt="acme", hints={"ttl_s": 4.0})
+    rig.engine.now_s += 1000.0
+    answer = rig.do(messages.PinCommand, program=ACME, ttl_s=2.0)
+    assert (answer.outcome, answer.reason) == ("accepted", "in_gpu")
+    assert rig.left_s() == pytest.approx(2.0)
+    assert left(rig) == pytest.approx(32_000.0, rel=0.01)
+
+
 def test_the_program_is_told_for_how_long_it_was_pinned(rig: Rig) -> None:
     paused(rig.engine, session="agent", cache_salt="acme")
     allow(rig, 80_000)
