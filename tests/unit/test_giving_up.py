@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from kvtier.orders import Calibration
 from tests.unit.mini_engine import MiniEngine, Report
 from tests.unit.prefetch_cases import ask, in_pieces, loads, paused, step_until_copying
 from tests.unit.program_cases import prompt, turn
+from tests.unit.test_scheduler_half_model import SchedulerHalfMachine
 from tests.unit.virtual_tier import VirtualTier
 
 if TYPE_CHECKING:
@@ -108,3 +111,29 @@ def test_what_cannot_be_ended_keeps_nothing_else_from_ending(
     assert engine.pool.references == {}
     assert isinstance(engine.tier, VirtualTier)
     assert engine.tier.closed is (part != "tier.close")
+
+
+class GivingUpMachine(SchedulerHalfMachine):
+    """Gives up after any course of events: what requests and copies hold is held, and nothing else."""
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        engine, half = self.engine, self.engine.half
+        entries = [*engine.waiting, *engine.running, *engine.loading.values()]
+        requests = Counter(block for entry in entries for block in entry.blocks)
+        writing = give_up(engine)
+        pieces = list(half.prefetcher._pieces.in_flight())
+        written = Counter(block for piece in pieces for block in piece.block_ids.tolist())
+        assert writing is bool(pieces)
+        assert engine.pool.references == requests + written
+        for _ in range(1 + max((delay for delay, _ in engine.workers._running), default=0)):
+            results, _ = engine.workers.collect()
+            half.late_results(results)
+        assert engine.pool.references == requests
+
+
+TestGivingUpMachine = GivingUpMachine.TestCase
+TestGivingUpMachine.settings = settings(
+    max_examples=20, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+)
