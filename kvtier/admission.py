@@ -267,6 +267,8 @@ class AdmissionController(Generic[Key]):
 
     def _pauses(self, program: Key) -> None:
         self._running_since_view -= 1
+        # Here too: in shadow mode and off, nobody asks who may start.
+        self._working_set.expire(self._now_s)
         self._working_set.pause(program, self._now_s)
         self._peak_blocks = None
 

@@ -363,6 +363,17 @@ def test_heaps_stay_in_proportion_to_the_waiting_requests() -> None:
     assert not admission._working_set._pauses
 
 
+def test_pauses_are_forgotten_where_nobody_asks_who_may_start() -> None:
+    # As in shadow mode, and while kvtier is off.
+    admission = controller()
+    for i in range(1000):
+        now_s = 100.0 + i
+        arrive(admission, f"r{i}", "p", 0.0, now_s=now_s)
+        admission.on_started(f"r{i}")
+        end(admission, f"r{i}", now_s=now_s)
+    assert len(admission._working_set._pauses) <= FCFS.long_pause_s + 1
+
+
 def test_a_question_costs_a_few_heap_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     admission = controller()
     n = 2000
