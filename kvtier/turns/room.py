@@ -84,15 +84,19 @@ class Room:
             `retry`'s result; None when there was not enough.
         """
         running = request.status.name == "RUNNING"
+        result = None
         if not running:
             self._short.add(request.request_id)
-            self._end_stalled_staging(need_blocks(), now_s)
+            ended_staging = self._end_stalled_staging(need_blocks(), now_s)
+            if ended_staging and self._pool.n_free >= need_blocks():
+                result = retry()
+                if result is not None:
+                    return result
             if self._is_futile(request.request_id, need_blocks()):
                 return None
         order = self._pins.in_release_order(regret_s_per_block)
         order.sort(key=lambda pin: (pin.program == own_program, self._pins.is_all_held(pin)))
         ended: list[Released] = []
-        result = None
         for pin in order:
             released = self._pins.unpin(pin.key, ReleaseCause.PRESSURE)
             if released is None:
@@ -138,17 +142,19 @@ class Room:
         failed = self._futile.get(request_id)
         if failed is None:
             return False
-        if most_blocks <= failed.free_blocks:
-            return True
-        if most_blocks <= failed.most_blocks and self._returns == failed.returns:
-            return True
-        # `most_blocks` also counts what running requests share with pins. Only when somebody has
-        # given something back can there be more than at the last count.
+        if self._returns == failed.returns:
+            return most_blocks <= max(failed.free_blocks, failed.most_blocks)
+        # Who has given something back may have been the one that vLLM kept blocks for: then as many as were
+        # not enough before are enough now. `most_blocks` also counts what running requests share with pins.
         failed.most_blocks, failed.returns = most_blocks, self._returns
-        return self._pool.n_free + self._pins.reclaimable_blocks() <= failed.free_blocks
+        least = need_blocks or failed.free_blocks + 1
+        return self._pool.n_free + self._pins.reclaimable_blocks() < least
 
-    def _end_stalled_staging(self, need_blocks: int, now_s: float) -> None:
-        """Where staging holds what the request lacks, and stands still, give that back."""
+    def _end_stalled_staging(self, need_blocks: int, now_s: float) -> bool:
+        """Where staging holds what the request lacks, and stands still, give that back; whether any was."""
+        given = False
         while self._most_blocks() < need_blocks <= self._pool.n_free + self._pins.kept_blocks:
             if not self._stager.cancel_one_stalled(now_s):
-                return
+                break
+            given = True
+        return given

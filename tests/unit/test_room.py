@@ -42,6 +42,8 @@ class Rig:
         self.room = Room(adapter, self.pins, self.stager, self._note)
         self.regret: dict[str, float] = {}
         self.retries = 0
+        # Blocks that vLLM keeps for requests whose KV is being loaded.
+        self.reserved = 0
         self.now_s = 0.0
 
     def _note(self, *released: Released) -> None:
@@ -70,6 +72,8 @@ class Rig:
 
         def allocate() -> Any:
             self.retries += 1
+            if n_blocks > self.pool.get_num_free_blocks() - self.reserved:
+                return None
             return self.pool.take(n_blocks)
 
         request = FakeRequest("w", [1])
@@ -174,6 +178,16 @@ def test_it_is_tried_again_when_a_request_lets_go_of_pinned_blocks(rig: Rig) -> 
     assert rig.ask(3) is not None
 
 
+def test_it_is_tried_again_when_what_vllm_kept_for_another_request_is_free(rig: Rig) -> None:
+    rig.fill(a=12)
+    rig.reserved = 8
+    assert rig.ask(8, knows_need=True) is None
+    rig.reserved = 0
+    assert rig.ask(8, knows_need=True) is None, "nothing has happened that it could know of"
+    rig.room.given_back()
+    assert len(rig.ask(8, knows_need=True)) == 8
+
+
 def test_a_running_request_takes_what_it_can_get(rig: Rig) -> None:
     """It would be preempted otherwise: pins end for it even if they are not enough."""
     rig.pool.take(6)
@@ -214,6 +228,17 @@ def test_a_waiting_request_ends_staging_that_stands_still(rig: Rig) -> None:
     assert len(rig.ask(5, knows_need=True)) == 5
     assert rig.stager.n_jobs == 2, "one cancelled, but its reservation is still out"
     assert (rig.pins.held_blocks, rig.released) == (6, ["b"]), "the younger was enough"
+
+
+def test_what_stalled_staging_held_is_enough_without_any_pin(rig: Rig) -> None:
+    taken = rig.pool.take(8)
+    assert taken is not None
+    rig.stager.start("a", "a", chunks(4), [b.block_id for b in taken], 1.0, 9.0)
+    rig.pool.free_blocks(taken)
+    for _ in range(STALL_STEPS):
+        rig.stager.advance(rig.now_s)
+    rig.now_s = STALL_S
+    assert len(rig.ask(9, knows_need=True)) == 9
 
 
 def test_one_long_step_is_no_standstill(rig: Rig) -> None:
