@@ -290,6 +290,8 @@ class SchedulerHalf(SchedulerParts):
         return hasattr(self, "stager") and (
             self.stager.busy()
             or self.prefetcher.busy()
+            # An answer that nobody waits for any more has locked chunks all the same.
+            or self.reader.n_questions > 0
             or self._measure_due
             or (self._link is not None and self._link.busy())
         )

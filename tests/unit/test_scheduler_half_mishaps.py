@@ -92,6 +92,18 @@ def test_aborted_at_any_moment(engine: MiniEngine, tier: VirtualTier, moment: st
     assert_nothing_held(engine)
 
 
+def test_an_idle_engine_takes_the_answer_that_an_aborted_request_has_asked_for(
+    engine: MiniEngine, tier: VirtualTier
+) -> None:
+    first = staged_program(engine)
+    tier.answer_after = 5
+    engine.add(follow_up(first, "r2"))
+    engine.step()
+    engine.abort("r2")
+    engine.run()
+    assert tier.leaks() == {}, "chunks are locked until somebody gives them back"
+
+
 def test_an_aborted_failed_load_is_no_measurement(engine: MiniEngine) -> None:
     first = staged_program(engine)
     engine.workers.delay = 2
