@@ -50,11 +50,14 @@ def build_scheduler_half(
     *,
     clock: Callable[[], float] = time.monotonic,
     tier: TierBackend | None = None,
+    link: EngineLink | None = None,
 ) -> tuple[SchedulerHalf, Any]:
-    """The scheduler half of one engine, and the lease on the host's server (None without one)."""
+    """The scheduler half of one engine, and the lease on the host's server (None without one).
+
+    Those who bring a tier bring the link to a control server too, if there is to be one.
+    """
     facts = engine_facts(vllm_config, kv_cache_config, settings)
     lease: Any = None
-    link: EngineLink | None = None
     if tier is None:
         tier, lease = connect_tier(vllm_config, settings, facts, clock)
         if settings.control == "on":

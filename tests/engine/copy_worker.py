@@ -51,6 +51,8 @@ class CopyWorker:
             # An order of no region is one that must fail, see `orders.failing_load`.
             delay, ok = self._fate(order) if order.generation else (0, False)
             self._running.append((delay, ok, order))
+            if order.generation:
+                self._begin(order)
 
     def collect(self) -> KVConnectorOutput:
         """End the orders that are due, and report as `KVTierConnector` does in a worker."""
@@ -59,9 +61,8 @@ class CopyWorker:
         output = KVConnectorOutput()
         results = []
         loaded: set[str] = set()
-        for ok, order in due:
-            if ok and self._kv is not None:
-                self._kv.copy(order)
+        for due_ok, order in due:
+            ok = due_ok and self._copy(order)
             self.done[f"{order.direction}_{'ok' if ok else 'failed'}"] += 1
             n_bytes = 1000 * len(order.block_ids)
             results.append(OrderResult(order.order_id, order.direction, ok, n_bytes, 1e-4, 1000))
@@ -72,3 +73,12 @@ class CopyWorker:
         output.finished_recving = loaded or None
         output.kv_connector_worker_meta = KVTierWorkerMetadata(results, step_id=self._step_id)
         return output
+
+    def _begin(self, order: Any) -> None:
+        """A copy begins."""
+
+    def _copy(self, order: Any) -> bool:
+        """A copy ends; False where it fails after all."""
+        if self._kv is not None:
+            self._kv.copy(order)
+        return True

@@ -35,13 +35,18 @@ from tests.engine.symbolic_kv import SymbolicKV
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from vllm.lora.request import LoRARequest
+
     from kvtier.backend import TierBackend
+    from kvtier.control.link import EngineLink
     from kvtier.scheduler_half import SchedulerHalf
     from tests.engine.copy_worker import Fate
     from tests.engine.engine_spec import EngineSpec
 
 STEP_S = 0.02
 MAX_STEPS = 3000
+Work = tuple[Request, "list[int]", int, int]
+"""A request, its blocks, and the tokens [start, end) that a step computes for it."""
 
 
 @dataclass(slots=True)
@@ -62,13 +67,15 @@ class Engine:
         clock: The clock that the connector's scheduler half reads.
     """
 
-    def __init__(self, spec: EngineSpec, tier: TierBackend | None = None) -> None:
+    def __init__(
+        self, spec: EngineSpec, tier: TierBackend | None = None, link: EngineLink | None = None
+    ) -> None:
         self.spec = spec
         self.clock = VirtualClock()
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
         config = engine_config(spec)
-        with _injected(self.clock, tier):
+        with _injected(self.clock, tier, link):
             scheduler = AsyncScheduler if spec.is_async else Scheduler
             self.scheduler: Any = scheduler(
                 vllm_config=config,
@@ -118,6 +125,9 @@ class Engine:
         session: str | None = None,
         kvtier: dict[str, Any] | None = None,
         hasher: Callable[[Request], list[Any]] | None = None,
+        salt: str | None = None,
+        adapter: LoRARequest | None = None,
+        stop: Sequence[int] = (),
     ) -> Request:
         """A request as vLLM's front end would hand it to the scheduler.
 
@@ -129,10 +139,17 @@ class Engine:
             kvtier: Its hints, `kv_transfer_params["kvtier"]`.
             hasher: Returns the hashes of the blocks that are full since the last call; default is
                 vLLM's.
+            salt: vLLM's `cache_salt`.
+            adapter: Whose KV it computes.
+            stop: Tokens that end it before `max_tokens`.
         """
         params = {"kv_transfer_params": {"kvtier": kvtier}} if kvtier is not None else None
         sampling = SamplingParams(
-            temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args=params
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            extra_args=params,
+            stop_token_ids=list(stop),
         )
         return Request(
             request_id=request_id,
@@ -142,6 +159,8 @@ class Engine:
             arrival_time=self.clock.now_s,
             session_id=session,
             block_hasher=hasher or self._hasher,
+            cache_salt=salt,
+            lora_request=adapter,
         )
 
     def references(self) -> Counter[int]:
@@ -160,17 +179,18 @@ class Engine:
     def check(self) -> None:
         """Every reference on a block has a holder, and the free count is that of the free blocks."""
         blocks = [b for b in self.pool.blocks if not b.is_null]
-        counted = Counter({b.block_id: b.ref_cnt for b in blocks if b.ref_cnt})
+        counted = {b.block_id: b.ref_cnt for b in blocks if b.ref_cnt}
         named = self.references()
         assert counted == named, (
-            f"references without a holder: {counted - named}, {named - counted}"
+            f"references {counted}, but named are {dict(named)}: {_differences(counted, named)}"
         )
-        free = sum(b.ref_cnt == 0 for b in blocks)
+        free = len(blocks) - len(counted)
         assert free == self.free_blocks, f"{free} free blocks, the pool says {self.free_blocks}"
         if self.connector is not None and self.connector.scheduler_half is not None:
             pins = self.half.pins
-            distinct = {b for pin in pins.pins() for b in pin.block_ids}
-            assert pins.pinned_blocks == len(distinct) <= pins.budget_blocks
+            distinct = {b for pin in pins.pins() for b in pin.block_ids.tolist()}
+            told, budget = pins.pinned_blocks, pins.budget_blocks
+            assert told == len(distinct) <= budget, f"{told} of {budget} blocks are pinned"
 
 
 class Drive:
@@ -181,6 +201,7 @@ class Drive:
         fate: Called with each of the connector's copy orders, in the order of their submission;
             default is done at once, successfully. Ends may come in any order.
         track_kv: False saves time: blocks' contents are then not checked.
+        late: A step computes when its output is due, not when it is scheduled: copies overtake it.
 
     Attributes:
         kv: What every block would hold.
@@ -200,6 +221,7 @@ class Drive:
         fate: Callable[[Any], Fate] | None = None,
         *,
         track_kv: bool = True,
+        late: bool = False,
     ) -> None:
         self.engine = engine
         # A sliding window gives blocks back that its requests have not lost.
@@ -214,7 +236,9 @@ class Drive:
         self.worst_idle_run = 0
         self.worker = CopyWorker(self.kv if self._track_kv else None, fate or (lambda _: (0, True)))
         self._idle_run = 0
-        self._in_flight: deque[tuple[Any, Any]] = deque()
+        self._late = late
+        # Steps whose output is due, and what they are still to compute.
+        self._in_flight: deque[tuple[Any, Any, list[Work]]] = deque()
         self._depth = 2 if engine.spec.is_async else 1
 
     # -- steps -------------------------------------------------------------------------------------
@@ -227,7 +251,11 @@ class Drive:
             self.steps += 1
             self._note_preemptions(len(scheduled.preempted_req_ids or ()))
             self._note_idle(scheduled)
-            self._in_flight.append((scheduled, self._execute(scheduled)))
+            output, work = self._execute(scheduled)
+            if not self._late:
+                self._compute(work)
+                work = []
+            self._in_flight.append((scheduled, output, work))
             if len(self._in_flight) < self._depth and scheduler.has_unfinished_requests():
                 return
         self.engine.clock.now_s += STEP_S
@@ -269,31 +297,37 @@ class Drive:
 
     # -- internals ---------------------------------------------------------------------------------
 
-    def _execute(self, scheduled: Any) -> Any:
-        """What the workers would do in this step."""
+    def _execute(self, scheduled: Any) -> tuple[Any, list[Work]]:
+        """What the workers would do in this step: its output, and what is to be computed."""
         computed = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
         known = scheduled.scheduled_cached_reqs
         computed.update(zip(known.req_ids, known.num_computed_tokens, strict=True))
         metadata = scheduled.kv_connector_metadata
         self.worker.submit(metadata)
         ids = list(scheduled.num_scheduled_tokens)
-        sampled = []
+        sampled, work = [], []
         for request_id in ids:
             self.first_step.setdefault(request_id, self.steps)
             request = self.engine.scheduler.requests[request_id]
             end = computed[request_id] + scheduled.num_scheduled_tokens[request_id]
             if self._track_kv:
                 blocks = self.engine.scheduler.kv_cache_manager.get_block_ids(request_id)[0]
-                self.kv.compute(request, blocks, computed[request_id], end)
+                work.append((request, blocks, computed[request_id], end))
             sampled.append([] if request.is_prefill_chunk else [token_at(request_id, end)])
-        return ModelRunnerOutput(
+        output = ModelRunnerOutput(
             req_ids=ids,
             req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
             sampled_token_ids=sampled,
             kv_connector_output=self.worker.collect(),
         )
+        return output, work
 
-    def _take_output(self, scheduled: Any, output: Any) -> None:
+    def _compute(self, work: list[Work]) -> None:
+        for request, blocks, start, end in work:
+            self.kv.compute(request, blocks, start, end)
+
+    def _take_output(self, scheduled: Any, output: Any, work: list[Work]) -> None:
+        self._compute(work)
         for outputs in self.engine.scheduler.update_from_output(scheduled, output).values():
             for one in outputs.outputs:
                 self.output.setdefault(one.request_id, []).extend(one.new_token_ids)
@@ -311,7 +345,7 @@ class Drive:
 
     def _note_idle(self, scheduled: Any) -> None:
         waits = self.engine.scheduler.has_unfinished_requests()
-        computing = any(before.total_num_scheduled_tokens for before, _ in self._in_flight)
+        computing = any(before.total_num_scheduled_tokens for before, *_ in self._in_flight)
         if scheduled.total_num_scheduled_tokens or computing or self.worker.busy or not waits:
             self._idle_run = 0
             return
@@ -323,14 +357,22 @@ class Drive:
         return {request_id: str(request.status) for request_id, request in requests.items()}
 
 
+def _differences(counted: dict[int, int], named: dict[int, int]) -> dict[int, int]:
+    both = counted.keys() | named.keys()
+    found = {block: counted.get(block, 0) - named.get(block, 0) for block in both}
+    return {block: more for block, more in found.items() if more}
+
+
 def token_at(request_id: str, position: int) -> int:
     """The token that a request samples at a position; the same after a preemption."""
     return zlib.crc32(f"{request_id}:{position}".encode()) % (VOCABULARY - 100) + 50
 
 
 @contextlib.contextmanager
-def _injected(clock: VirtualClock, tier: TierBackend | None) -> Iterator[None]:
-    """Give kvtier's scheduler half the virtual clock, and the tier if there is one."""
-    build = functools.partial(assembly.build_scheduler_half, clock=clock, tier=tier)
+def _injected(
+    clock: VirtualClock, tier: TierBackend | None, link: EngineLink | None
+) -> Iterator[None]:
+    """Give kvtier's scheduler half the virtual clock, and tier and link if there are any."""
+    build = functools.partial(assembly.build_scheduler_half, clock=clock, tier=tier, link=link)
     with mock.patch.object(assembly, "build_scheduler_half", build):
         yield

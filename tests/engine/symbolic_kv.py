@@ -1,8 +1,8 @@
 """What KV blocks would hold, without computing any KV.
 
-The KV of a token depends on all tokens up to it, so a hash chain over them stands for it. Blocks
-and slots hold the chain values of their positions; computing a token checks that every earlier
-position holds what it must.
+The KV of a token depends on all tokens up to it, on the adapter, the tenant's salt and the weights, so a
+hash chain that begins with these and goes over the tokens stands for it. Blocks and slots hold the chain
+values of their positions; computing a token checks that every earlier position holds what it must.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 Content = list[int | None]
 
@@ -25,14 +25,20 @@ class SymbolicKV:
     Args:
         block_tokens: Tokens a block.
         token_at: The token that a request samples at a position.
+
+    Attributes:
+        weights: Of the model; KV of others is wrong.
     """
 
     def __init__(self, block_tokens: int, token_at: Callable[[str, int], int]) -> None:
         self._block_tokens = block_tokens
+        self._nothing: Content = [None] * block_tokens
         self._token_at = token_at
         self._blocks: dict[int, Content] = {}
-        self._slots: dict[int, list[Content]] = {}
+        # By the region's generation, and the slot: a new server's memory is another one.
+        self._slots: dict[tuple[str, int], list[Content]] = {}
         self._chains: dict[str, list[int]] = {}
+        self.weights = 0
 
     def compute(self, request: Any, block_ids: Sequence[int], start: int, end: int) -> None:
         """Compute tokens [start, end) of a request.
@@ -40,12 +46,12 @@ class SymbolicKV:
         Raises:
             WrongKVError: A block of the tokens before `start` does not hold them.
         """
-        chain = self._chain(request, end)
+        chain = self.chain(request, end)
         size = self._block_tokens
         for first in range(0, start, size):
             block = block_ids[first // size]
             wanted = chain[first : min(first + size, start)]
-            held = self._blocks.get(block, [None] * size)[: len(wanted)]
+            held = self._blocks.get(block, self._nothing)[: len(wanted)]
             if held != wanted:
                 raise WrongKVError(
                     f"{request.request_id}: tokens from {first} are not in block {block}"
@@ -56,29 +62,74 @@ class SymbolicKV:
 
     def copy(self, order: Any) -> None:
         """Execute a copy order of rank 0."""
+        if order.direction == "store":
+            self.write_slots(order, self.read_blocks(order))
+            return
+        for block, held in self._written_blocks(order):
+            self._blocks[block] = list(held)
+
+    def read_blocks(self, order: Any) -> list[Content]:
+        """What the blocks of a store hold now."""
+        return [list(self._blocks.get(block, self._nothing)) for block in order.block_ids]
+
+    def write_slots(self, order: Any, contents: list[Content]) -> None:
+        """Let a store's slots hold what was read."""
         size = order.chunk_blocks
+        for i, slot in enumerate(order.slots[0]):
+            if slot >= 0:
+                self._slots[order.generation, slot] = contents[i * size : (i + 1) * size]
+
+    def spoil(self, order: Any) -> None:
+        """A copy has begun, or failed in the middle: what it writes to holds nobody's KV."""
+        if order.direction == "store":
+            self.write_slots(order, [self._nothing for _ in order.block_ids])
+            return
+        for block, _ in self._written_blocks(order):
+            self._blocks[block] = list(self._nothing)
+
+    def new_weights(self) -> None:
+        """All KV is computed with other weights from now on."""
+        self.weights += 1
+        self._chains.clear()
+
+    def forget(self, request_id: str) -> None:
+        """The request is over, and its id may name another one."""
+        self._chains.pop(request_id, None)
+
+    def chain(self, request: Any, end: int) -> list[int]:
+        """The values of a request's first `end` tokens, at least."""
+        chain = self._chains.setdefault(request.request_id, [])
+        prompt, n_prompt = request.prompt_token_ids, request.num_prompt_tokens
+        before = chain[-1] if chain else self._seed(request)
+        for position in range(len(chain), end):
+            token = (
+                prompt[position]
+                if position < n_prompt
+                else self._token_at(request.request_id, position)
+            )
+            before = hash((before, token))
+            chain.append(before)
+        return chain
+
+    def last_of_block(self, block: int) -> int | None:
+        """The value of a full block's last token; None where it is not full."""
+        content = self._blocks.get(block)
+        return content[-1] if content else None
+
+    def last_of_slot(self, generation: str, slot: int) -> int | None:
+        """The value of a chunk's last token; None where the slot holds none."""
+        blocks = self._slots.get((generation, slot))
+        return blocks[-1][-1] if blocks else None
+
+    def _written_blocks(self, order: Any) -> Iterator[tuple[int, Content]]:
+        size, unknown = order.chunk_blocks, [self._nothing] * order.chunk_blocks
         for i, slot in enumerate(order.slots[0]):
             if slot < 0:
                 continue
-            for j in range(size):
-                block = order.block_ids[i * size + j]
-                if order.direction == "store":
-                    empty: list[Content] = [[] for _ in range(size)]
-                    content = self._blocks.get(block, [None] * self._block_tokens)
-                    self._slots.setdefault(slot, empty)[j] = list(content)
-                elif i * size + j >= order.skip_blocks:
-                    self._blocks[block] = list(self._slots[slot][j])
+            held = self._slots.get((order.generation, slot), unknown)
+            for j in range(max(0, order.skip_blocks - i * size), size):
+                yield order.block_ids[i * size + j], held[j]
 
-    def _chain(self, request: Any, end: int) -> list[int]:
-        chain = self._chains.setdefault(request.request_id, [])
-        prompt = request.prompt_token_ids
-        while len(chain) < end:
-            position = len(chain)
-            before = chain[-1] if chain else 0
-            token = (
-                prompt[position]
-                if position < len(prompt)
-                else self._token_at(request.request_id, position)
-            )
-            chain.append(hash((before, token)))
-        return chain
+    def _seed(self, request: Any) -> int:
+        lora = request.lora_request
+        return hash((lora.lora_name if lora else "", request.cache_salt or "", self.weights))

@@ -1,0 +1,95 @@
+"""What a life is drawn with: the engine, how unreliable the world is, and what happens how often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from tests.engine.engine_spec import EngineSpec
+
+if TYPE_CHECKING:
+    import random
+
+ACTIONS: Final[dict[str, float]] = {
+    "arrive": 14.0,
+    "twin": 3.0,
+    "flood": 2.0,
+    "abort": 4.0,
+    "lull": 2.0,
+    "time_passes": 4.0,
+    "time_jumps": 0.7,
+    "wall_jumps": 0.7,
+    "reset": 1.0,
+    "reset_all": 1.2,
+    "lose_tier": 0.7,
+    "tier_returns": 4.0,
+    "weather": 3.0,
+    "command": 16.0,
+    "wake": 6.0,
+    "link": 2.0,
+    "pause": 0.5,
+}
+"""What may happen besides steps of the engine, and how often, relative to each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One life.
+
+    Attributes:
+        spec: The engine.
+        n_slots: Chunks that the CPU tier holds; 0: there is none.
+        late: See `Drive`.
+        step_share: Of the transitions, how many are steps of the engine.
+        actions: What happens besides, each with its weight.
+        sessions: Conversations.
+        max_tokens: Longest request; it fits an empty engine.
+    """
+
+    spec: EngineSpec
+    n_slots: int
+    late: bool
+    step_share: float
+    actions: dict[str, float]
+    sessions: int
+    max_tokens: int
+
+
+def draw(chance: random.Random) -> Plan:
+    """A plan at random: each leaves some of the actions out, so that others meet more often."""
+    blocks = chance.choice((8, 12, 18, 26, 40))
+    spec = EngineSpec(
+        is_async=chance.random() < 0.5,
+        blocks=blocks,
+        settings=_settings(chance),
+        max_batch=chance.choice((1, 3, 5)),
+        batch_tokens=chance.choice((None, 32, 100)),
+        max_context=4096,
+    )
+    kept = {name: w for name, w in ACTIONS.items() if chance.random() < 0.8}
+    return Plan(
+        spec=spec,
+        n_slots=chance.choice((0, 3, 6, 12, 40, 200)),
+        late=chance.random() < 0.5,
+        step_share=chance.choice((0.6, 0.75, 0.88)),
+        actions={"arrive": ACTIONS["arrive"], "tier_returns": ACTIONS["tier_returns"], **kept},
+        sessions=chance.choice((2, 4, 6, 12)),
+        max_tokens=blocks * 16,
+    )
+
+
+def _settings(chance: random.Random) -> dict[str, Any]:
+    drawn = {
+        "mode": chance.choice(("on",) * 9 + ("shadow",)),
+        "admission": chance.choice(("off", "program_fcfs", "working_set")),
+        "reload": chance.choice(("auto", "always", "always", "first_k")),
+        "reload_first_chunks": chance.choice((1, 2)),
+        "pin_budget_fraction": chance.choice((0.1, 0.3, 0.6, 0.9, 1.0)),
+        "stage_split_chunks": chance.choice((1, 2, 32)),
+        "chunk_tokens": chance.choice((16, 32, 64)),
+        "max_ttl_s": chance.choice((3.0, 60.0, 600.0)),
+        "forget_after_s": chance.choice((30.0, 2000.0)),
+        "max_programs": chance.choice((2, 10_000)),
+        "lookup_wait_s": 0.0,
+    }
+    return {f"kvtier.{name}": value for name, value in drawn.items()}
