@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
 from kvtier.admission import AdmissionController
 from kvtier.control.link import EngineLink
 from kvtier.gpu_pin import PinTable
-from kvtier.orders import OrderResult
 from kvtier.scheduler_half import SchedulerHalf
 from kvtier.server.residency import ResidencyTable
 from kvtier.ttl.tenant_budgets import TenantBudgets
@@ -26,6 +26,8 @@ from tests.model.run import live
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from kvtier.orders import OrderResult
 
 SEED: Final = 77
 MOST_LIVES: Final = 150
@@ -75,10 +77,7 @@ def store_believed_too_early() -> Plant:
 
 def failed_store_committed() -> Plant:
     """A store that has failed is committed as if it had not."""
-    copied = Stager._copied
-    return mock.patch.object(
-        Stager, "_copied", lambda self, split, *, ok: copied(self, split, ok=True)
-    )
+    return _swallows_errors(Stager)
 
 
 def cancelled_store_committed() -> Plant:
@@ -141,15 +140,16 @@ def swallowed_worker_error() -> Plant:
 
 def swallowed_prefetch_error() -> Plant:
     """A prefetch takes in pieces whose copy has failed."""
-    on_result = Prefetcher.on_result
+    return _swallows_errors(Prefetcher)
 
-    def swallows(self: Prefetcher, result: OrderResult) -> bool:
-        done = OrderResult(
-            result.order_id, result.direction, True, result.n_bytes, result.seconds, 0
-        )
-        return on_result(self, done)
 
-    return mock.patch.object(Prefetcher, "on_result", swallows)
+def _swallows_errors(kind: type[Stager | Prefetcher]) -> Plant:
+    on_result = kind.on_result
+
+    def swallows(self: Any, result: OrderResult) -> bool:
+        return on_result(self, replace(result, ok=True))
+
+    return mock.patch.object(kind, "on_result", swallows)
 
 
 def wrong_tenant_key() -> Plant:

@@ -65,8 +65,10 @@ class Meter:
         pins = [pin for pin in half.pins.pins() if isinstance(pin.data, PinnedTurn)]
         self._free &= {pin.key for pin in pins}
         limits = {b.tenant: (float(b.byte_seconds), b.period_s) for b in budgets}
-        self._charge(pins, now_s)
-        if limits != self._limits:
+        if limits == self._limits:
+            self._charge(pins, now_s)
+        else:
+            # What came first in this transition, pin or budget, is not known: nobody pays for it.
             self._change(limits, pins, now_s)
         self._then_s = now_s
 
