@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from kvtier.copies.plan import PIN_PIECE_BYTES
-from kvtier.copy_engine import CopyEngine, CpuCopyEngine, rejected
+from kvtier.copy_engine import INLINE_BYTES, CopyEngine, CpuCopyEngine, rejected
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -210,7 +210,7 @@ def default_engine(
     ``switch`` chooses between the GPU's ways to copy.
     """
     if layout.device.type == "cpu":
-        return CpuCopyEngine(layout, region.array)
+        return CpuCopyEngine(layout, region.array, inline_bytes=INLINE_BYTES)
     if layout.device.type == "cuda":
         from kvtier.copies.cuda import CudaCopyEngine  # noqa: PLC0415 - only where CUDA is
 

@@ -25,6 +25,7 @@ from kvtier.copies.expand import expand_runs, load_expand
 from kvtier.copies.gpu_kernel import BLOCK_THREADS, PART_BYTES, GpuKernel, load_kernel
 from kvtier.copies.kernel import NO_DEADLINE_NS
 from kvtier.copies.lane import Issued, Lane
+from kvtier.copies.merge import load_merge
 from kvtier.copies.plan import (
     PIN_PIECE_BYTES,
     CopyOrder,
@@ -103,6 +104,7 @@ class CudaCopyEngine:
         self._kernel_lock = threading.Lock()
         self._loop = issue.load_loop(self._driver) if loop is None else loop
         load_expand()
+        load_merge()
         self._batch_bytes = batch_bytes
         self._busy_share = busy_share
         self._max_store_backlog_bytes = (

@@ -5,11 +5,11 @@ A context of 100,000 tokens has some hundred thousand of them where its blocks a
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from kvtier.copies.compiled import compiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,14 +69,6 @@ def _expand(
     return n
 
 
-@functools.cache
 def load_expand() -> Any:
-    """The compiled function (a second or two at first), or without numba the Python one."""
-    try:
-        numba = importlib.import_module("numba")
-    except ImportError:
-        return _expand
-    try:
-        return numba.njit(_SIGNATURE, nogil=True, cache=True)(_expand)
-    except RuntimeError:  # no writable directory for the cache
-        return numba.njit(_SIGNATURE, nogil=True)(_expand)
+    """Compile; a second or two at first."""
+    return compiled(_expand, _SIGNATURE)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
+from kvtier.copies.compiled import compiled
 from kvtier.copies.driver import NOT_READY
 
 if TYPE_CHECKING:
@@ -218,13 +219,13 @@ def _issue_template(
 
 
 def _bind(
-    functions: dict[str, Any], compiled: Callable[[Any], Any] = lambda function: function
+    functions: dict[str, Any], wrap: Callable[[Any], Any] = lambda function: function
 ) -> Callable[..., Any]:
-    """Return `_issue_template` over these functions; ``compiled`` wraps what it calls."""
+    """Return `_issue_template` over these functions; ``wrap`` is applied to what it calls."""
     names = {**globals(), **functions}
     for name in ("_now_ns", "_await_turn", "_call"):
         template = globals()[f"{name}_template"]
-        names[name] = compiled(FunctionType(template.__code__, names))
+        names[name] = wrap(FunctionType(template.__code__, names))
     return FunctionType(_issue_template.__code__, names)
 
 
@@ -291,12 +292,7 @@ def _compile() -> IssueLoop:
             signature = types.int32(*[word] * _WORDS[symbol])
         functions[name] = types.ExternalFunction(f"kvtier_{symbol}", signature)
     loop = _bind(functions, numba.njit(nogil=True))
-    try:
-        compiled = numba.njit(_SIGNATURE, nogil=True, cache=True)(loop)
-    except RuntimeError as error:  # no writable directory for the cache
-        logger.info("the issue loop is compiled at each start: %s", error)
-        compiled = numba.njit(_SIGNATURE, nogil=True)(loop)
-    return cast("IssueLoop", compiled)
+    return cast("IssueLoop", compiled(loop, _SIGNATURE))
 
 
 def load_loop(driver: Driver) -> IssueLoop:

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
+from kvtier.copies.compiled import compiled
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -247,25 +249,16 @@ def python_kernel() -> CopyKernel:
 def compiled_kernel() -> CopyKernel:
     """Compile the loop, or take it from numba's cache on disk (1 to 2 s with the import).
 
-    numba is imported here and not with the module: vLLM walks ``sys.modules`` while it reads its
-    configuration and fails on llvmlite, so only a worker may import it.
-
     Raises:
         ImportError: numba is not installed.
     """
-    numba = importlib.import_module("numba")
     types = importlib.import_module("numba.core.types")
     # Addresses are passed as integers: the same registers on every 64-bit ABI.
     memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.intp))
     clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
     copy, fence = _streaming_copy(memcpy)
     loop = _bind(copy, clock_gettime, fence)
-    try:
-        compiled = numba.njit(_SIGNATURE, nogil=True, cache=True)(loop)
-    except RuntimeError as error:  # no writable directory for the cache
-        logger.info("the copy kernel is compiled at each start: %s", error)
-        compiled = numba.njit(_SIGNATURE, nogil=True)(loop)
-    return cast("CopyKernel", compiled)
+    return cast("CopyKernel", compiled(loop, _SIGNATURE))
 
 
 def load_kernel() -> CopyKernel:

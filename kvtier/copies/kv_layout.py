@@ -11,6 +11,7 @@ names it and belongs into the cache keys.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -66,6 +67,7 @@ class KVLayout:
     """dtype, block shape, order of the dimensions in memory, plane count and plane bytes: two
     engines may share slots if and only if it is equal (and the model is)."""
     views: tuple[torch.Tensor, ...] = field(repr=False, compare=False)
+    _tables: dict[int, NDArray[np.int64]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_kv_caches(
@@ -138,7 +140,12 @@ class KVLayout:
             views=tuple(_byte_view(p, s, count) for p, s in merged),
         )
 
-    @property
+    @functools.cached_property
+    def n_dense(self) -> int:
+        """Planes whose blocks touch each other."""
+        return sum(plane.is_dense for plane in self.planes)
+
+    @functools.cached_property
     def block_bytes_total(self) -> int:
         """Bytes of one block over all planes."""
         return sum(plane.block_bytes for plane in self.planes)
@@ -149,13 +156,15 @@ class KVLayout:
 
     def plane_table(self, chunk_blocks: int) -> NDArray[np.int64]:
         """Rows ``(base address, block stride, block bytes, offset in the slot)``, int64 [P, 4]."""
-        sizes = [plane.block_bytes * chunk_blocks for plane in self.planes]
-        offsets = itertools.accumulate(sizes, initial=0)
-        rows = [
-            (plane.base_address, plane.block_stride_bytes, plane.block_bytes, offset)
-            for plane, offset in zip(self.planes, offsets, strict=False)
-        ]
-        return np.array(rows, dtype=np.int64)
+        if chunk_blocks not in self._tables:
+            sizes = [plane.block_bytes * chunk_blocks for plane in self.planes]
+            offsets = itertools.accumulate(sizes, initial=0)
+            rows = [
+                (plane.base_address, plane.block_stride_bytes, plane.block_bytes, offset)
+                for plane, offset in zip(self.planes, offsets, strict=False)
+            ]
+            self._tables[chunk_blocks] = np.array(rows, dtype=np.int64)
+        return self._tables[chunk_blocks]
 
 
 def _block_axis(name: str, shape: Sequence[int], num_blocks: int | None) -> int:

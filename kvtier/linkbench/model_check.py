@@ -75,7 +75,8 @@ def check_model(plan: Plan) -> ModelCheck:
         arena = memory.arena(size)
         path = kvtier_paths(arena, ways)[-1]
         try:
-            for blocks in (SMALL_COUNTS[-1], plan.total_bytes // size):
+            largest = plan.total_bytes // size
+            for blocks in sorted({min(SMALL_COUNTS[-1], largest), largest}):
                 for layout in _LAYOUTS:
                     run = size * (4 if layout == "runs4" else 1)
                     tables = block_tables(layout, blocks, arena.n_blocks, _SEED)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from kvtier.copies.switch import Switch, always
-from kvtier.copy_engine import CpuCopyEngine
+from kvtier.copy_engine import INLINE_BYTES, CpuCopyEngine
 from kvtier.measuring.link import MoverMeasurement, measure_movers
 
 if TYPE_CHECKING:
@@ -245,7 +245,9 @@ def kvtier_paths(arena: Arena, ways: Ways | None) -> list[Path]:
     The last one is what an engine of vLLM uses.
     """
     if ways is None:
-        return [KvtierPath(arena, OWN, CpuCopyEngine(arena.layout, arena.host.numpy()))]
+        slots = arena.host.numpy()
+        engine = CpuCopyEngine(arena.layout, slots, inline_bytes=INLINE_BYTES)
+        return [KvtierPath(arena, OWN, engine)]
     from kvtier.copies.cuda import CudaCopyEngine  # noqa: PLC0415 - only where CUDA is
 
     named = {f"{OWN} dma": always("dma"), f"{OWN} kernel": always("kernel"), OWN: ways.switch()}

@@ -12,7 +12,7 @@ import torch
 
 from kvtier.copies.kv_layout import KVLayout
 from kvtier.copies.switch import MOVERS, Mover, Switch, always
-from kvtier.copy_engine import CopyEngine, CopyOrder, CpuCopyEngine, Direction
+from kvtier.copy_engine import INLINE_BYTES, CopyEngine, CopyOrder, CpuCopyEngine, Direction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 RUN_SIZES_BYTES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
 SCRATCH_BYTES = 128 << 20
 """Per side: well beyond the caches that cores share, so that memory is measured."""
+_LATENCY_BYTES = 2 * INLINE_BYTES
 _ORDER_TIMEOUT_S = 10.0
 _MAX_ROUNDS = 32
 _MIN_ROUNDS = 3
@@ -59,7 +60,7 @@ class MoverMeasurement:
 
 
 def _cpu_engine(layout: KVLayout, region: NDArray[np.uint8]) -> CopyEngine:
-    return CpuCopyEngine(layout, region)
+    return CpuCopyEngine(layout, region, inline_bytes=INLINE_BYTES)
 
 
 def _cuda_engine(layout: KVLayout, region: NDArray[np.uint8]) -> CopyEngine:
@@ -127,9 +128,9 @@ def measure_link(
     """Copy scratch memory through the copy engine, both ways, with runs of several sizes.
 
     Live KV is not touched: the blocks are scratch memory on ``device`` of one run each, in random
-    order. The rate is the median over rounds of ``bytes / seconds`` as the engine reports it; the
-    latency is the median time from submission to completion of an order of one smallest run, less
-    the time its bytes took.
+    order. The latency is the median time from submission to completion of a small order, less the
+    time its bytes took. The rate is the median over rounds of the bytes over the time from
+    submission to completion, less the latency: what a request waits for.
 
     Args:
         device: where the KV cache lies, ``"cpu"`` or a CUDA device.
@@ -164,8 +165,8 @@ def measure_link(
         try:
             for direction in directions:
                 if size == sizes[0]:
-                    latency_s[direction] = _latency_s(engine, direction, size)
-                rate = _rate(engine, direction, n_blocks, size, share_s)
+                    latency_s[direction] = _latency_s(engine, direction, n_blocks, size)
+                rate = _rate(engine, direction, n_blocks, size, share_s, latency_s[direction])
                 points[direction].append((size, rate))
         finally:
             engine.close()
@@ -176,7 +177,6 @@ def _timed(
     engine: CopyEngine, direction: Direction, ids: NDArray[np.int64], size: int
 ) -> tuple[float, float]:
     """Copy blocks of ``size`` bytes; seconds of copying, seconds from submission to the end."""
-    started_s = time.perf_counter()
     order = CopyOrder(
         order_id="calibration",
         direction=direction,
@@ -185,6 +185,7 @@ def _timed(
         slots=(np.arange(len(ids)) * size).tolist(),
         chunk_blocks=1,
     )
+    started_s = time.perf_counter()
     engine.submit(order, time.monotonic())
     drained = engine.drain(_ORDER_TIMEOUT_S)
     elapsed_s = time.perf_counter() - started_s
@@ -195,13 +196,21 @@ def _timed(
     return results[0].seconds, elapsed_s
 
 
-def _latency_s(engine: CopyEngine, direction: Direction, size: int) -> float:
-    times = [_timed(engine, direction, np.zeros(1, np.int64), size) for _ in range(_MAX_ROUNDS)]
+def _latency_s(engine: CopyEngine, direction: Direction, n_blocks: int, size: int) -> float:
+    # Not of a copy so small that it is made at once.
+    count = max(1, min(n_blocks, _LATENCY_BYTES // size))
+    ids = np.random.default_rng(0).permutation(n_blocks)[:count].astype(np.int64)
+    times = [_timed(engine, direction, ids, size) for _ in range(_MAX_ROUNDS)]
     return statistics.median(max(elapsed - seconds, 0.0) for seconds, elapsed in times)
 
 
 def _rate(
-    engine: CopyEngine, direction: Direction, n_blocks: int, size: int, share_s: float
+    engine: CopyEngine,
+    direction: Direction,
+    n_blocks: int,
+    size: int,
+    share_s: float,
+    latency_s: float,
 ) -> float:
     """Bytes/s over all blocks in random order; the first round only touches the memory."""
     ids = np.random.default_rng(0).permutation(n_blocks).astype(np.int64)
@@ -211,6 +220,6 @@ def _rate(
     while len(rates) < _MIN_ROUNDS or (
         len(rates) < _MAX_ROUNDS and time.perf_counter() < deadline_s
     ):
-        seconds, _ = _timed(engine, direction, ids, size)
-        rates.append(n_blocks * size / max(seconds, 1e-9))
+        seconds, elapsed_s = _timed(engine, direction, ids, size)
+        rates.append(n_blocks * size / max(elapsed_s - latency_s, seconds, 1e-9))
     return statistics.median(rates)

@@ -563,3 +563,30 @@ def test_the_copy_leaves_the_interpreter_to_others() -> None:
     assert state[copy_kernel.STATE_BYTES] == total
     # With the lock held throughout, nothing between the first and the last byte could be seen.
     assert any(0 < n < total for n in seen)
+
+
+def test_small_copies_are_made_at_once_and_wait_behind_others() -> None:
+    case, gate = make_case(), Gate()
+    order = case.order("store")
+    expected = reference_store(case, order)
+    n_bytes = plan_order(case.layout, order, case.region.nbytes).n_bytes
+    with CpuCopyEngine(case.layout, case.region, inline_bytes=n_bytes) as engine:
+        engine.submit(order, 0.0)
+        (result,) = engine.poll()  # without waiting
+        assert (result.ok, result.n_bytes) == (True, n_bytes)
+        engine.submit(case.order("store", order_id="late", deadline_s=-1.0), 0.0)
+        assert engine.poll()[0].error == copy_engine.LEASE_ENDED
+    np.testing.assert_array_equal(case.region, expected)
+    with CpuCopyEngine(
+        case.layout,
+        case.region,
+        kernel=gate,
+        inline_bytes=n_bytes - 1,
+        max_store_backlog_bytes=1 << 30,
+    ) as engine:
+        engine.submit(order, 0.0)
+        engine.submit(case.order("load", block_ids=[1, 2], slots=case.slots[:1]), 0.0)
+        assert engine.poll() == []
+        gate.go.release(10)
+        assert engine.drain(WAIT_S)
+        assert len(engine.poll()) == 2
