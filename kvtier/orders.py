@@ -66,6 +66,8 @@ class StepOrders:
     Attributes:
         step_id: Names the step in the workers' report; 0 where nobody waits for one.
         measure: Measure the link anew, which takes seconds: an operator has asked for it.
+        cancels: Loads that nobody waits for any more, of this step or earlier ones. They still end in
+            a result.
     """
 
     region: Region | None = None
@@ -73,6 +75,7 @@ class StepOrders:
     stores: list[Order] = field(default_factory=list)
     step_id: int = 0
     measure: bool = False
+    cancels: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ class SchedulerHalf(SchedulerParts):
         return told
 
     def _finished(self, request: Any, block_ids: Sequence[int]) -> dict[str, Any] | None:
-        self.reader.release(request.request_id)
+        self.reader.request_gone(request.request_id)
         self._waiting_tokens.pop(request.request_id, None)
         self.deferrals.finished(request.request_id)
         self.room.forget(request.request_id)
@@ -267,7 +267,8 @@ class SchedulerHalf(SchedulerParts):
         prefetches = self.prefetcher.take_orders()
         # Last: whatever fails before, the orders that requests wait for are still there.
         loads = [*self.reader.take_orders(), *prefetches]
-        return StepOrders(self.tier.region, loads, stores, step_id, measure)
+        cancels = self.reader.take_cancels()
+        return StepOrders(self.tier.region, loads, stores, step_id, measure, cancels)
 
     def on_worker(self, report: WorkerReport) -> None:
         """The end of a step: the workers' results, and once what they measured at start."""

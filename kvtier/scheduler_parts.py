@@ -207,6 +207,7 @@ class SchedulerParts:
             self.stats,
             self._turns,
             self._happenings,
+            self._log,
         )
         self.housekeeping = Housekeeping(
             self.answers,

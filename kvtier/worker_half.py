@@ -73,6 +73,7 @@ class WorkerHalf:
         # Tried in vain: not again in every step, but for a new generation.
         self._unmapped: Region | None = None
         self._loads: dict[str, Order] = {}
+        self._cancelled: set[str] = set()
         self._results: list[OrderResult] = []
         self._loaded: set[str] = set()
         self._bad_blocks: set[int] = set()
@@ -112,7 +113,7 @@ class WorkerHalf:
         return layout
 
     def submit(self, orders: StepOrders) -> None:
-        """Start a step's copies, loads first."""
+        """Start a step's copies, loads first, and give up those that nobody waits for."""
         if orders.measure:
             self._measure()
         region = orders.region
@@ -131,6 +132,9 @@ class WorkerHalf:
                 self._pool.submit(self._copy_order(order))
             except (ValueError, RuntimeError, IndexError) as error:
                 self._finish(_failed(order, f"{type(error).__name__}: {error}"))
+        for order_id in map(str, orders.cancels):
+            if order_id in self._loads and self._pool.cancel(order_id):
+                self._cancelled.add(order_id)
 
     def _measure(self) -> None:
         """Measure the link anew and keep the result; the engine is idle."""
@@ -222,7 +226,9 @@ class WorkerHalf:
 
     def _finish(self, result: OrderResult) -> None:
         self._results.append(result)
-        if not result.ok:
+        cancelled = str(result.order_id) in self._cancelled
+        self._cancelled.discard(str(result.order_id))
+        if not result.ok and not cancelled:
             logger.warning(
                 "%s order %d failed: %s", result.direction, result.order_id, result.error
             )
@@ -231,7 +237,8 @@ class WorkerHalf:
             if not order.request_id:
                 return
             self._loaded.add(order.request_id)
-            if not result.ok:
+            # Of a cancelled load nobody will read the blocks: they are freed, not computed.
+            if not result.ok and not cancelled:
                 self._bad_blocks.update(order.block_ids[order.skip_blocks :])
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvtier.orders import OrderResult
     from kvtier.policy import Policy
     from kvtier.stats import Stats
+    from kvtier.turns.decision_log import DecisionLog
     from kvtier.turns.engine_facts import EngineFacts
     from kvtier.turns.happenings import Happenings
     from kvtier.turns.prefetch import Prefetcher
@@ -41,7 +42,9 @@ class Answers:
         stats: Stats,
         turns: Mapping[str, Turn],
         happenings: Happenings,
+        log: DecisionLog,
     ) -> None:
+        self._log = log
         self._tier = tier
         self._stager = stager
         self._reader = reader
@@ -105,6 +108,14 @@ class Answers:
             self._happenings.loaded(
                 turn.program, turn.request_id, done.n_tokens, result.seconds, ok=done.ok
             )
+            if self._log.enabled:
+                entry = {
+                    "ok": done.ok,
+                    "tokens": done.n_tokens,
+                    "predicted_s": done.predicted_s,
+                    "seconds": result.seconds,
+                }
+                self._log.write("loaded", turn.program, turn.request_id, entry)
         if not done.ok:
             if turn is not None:
                 turn.bypass_tier = True

@@ -3,6 +3,7 @@
 A request goes through ask -> answer -> load, or -> release. The answer's chunks are locked in the tier
 until the load has ended or `release` is called; asking again after a preemption starts over. A load that
 was ordered always ends in a result, also when its request was aborted: vLLM keeps the blocks until then.
+The workers are told to give it up, so that this is soon and the link is free for others.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ class TierReader:
         self._by_op: dict[int, str] = {}
         self._loads: dict[int, _Load] = {}
         self._ready: list[Order] = []
+        self._cancelled: set[int] = set()
+        self._cancels: list[int] = []
 
     @property
     def backlog_tokens(self) -> int:
@@ -166,6 +169,14 @@ class TierReader:
         if read is not None and read.answered and read.hit_chunks:
             self._tier.trim(read.op_id, 0, 0)
 
+    def request_gone(self, request_id: str) -> None:
+        """Nobody waits for this request any more: give its locks back and its load up."""
+        self.release(request_id)
+        for order_id, load in self._loads.items():
+            if load.request_id == request_id and order_id not in self._cancelled:
+                self._cancelled.add(order_id)
+                self._cancels.append(order_id)
+
     def take(self, request_id: str, first: int, end: int) -> Found:
         """Hand over the locks of an answered lookup, on chunks [first, end); they end with `unlock`."""
         read = self._reads.pop(request_id)
@@ -182,6 +193,11 @@ class TierReader:
         """Loads for the workers. An order is never dropped: its request waits for the result."""
         orders, self._ready = self._ready, []
         return orders
+
+    def take_cancels(self) -> list[int]:
+        """Loads that the workers are to give up; after `take_orders`, which may still hold them."""
+        cancels, self._cancels = self._cancels, []
+        return cancels
 
     def tier_lost(self) -> None:
         """The tier went away: what was locked is no longer ours, except for loads under way."""
@@ -219,6 +235,7 @@ class TierReader:
             return None
         if self._tier.state is TierState.READY:
             self._tier.trim(load.op_id, 0, 0)
-        if not result.ok:
+        if not result.ok and result.order_id not in self._cancelled:
             self._stats.count("failures", 1, "load_copy")
+        self._cancelled.discard(result.order_id)
         return LoadDone(load.request_id, result.ok, load.n_tokens, load.predicted_s)

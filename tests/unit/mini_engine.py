@@ -71,6 +71,7 @@ class Workers:
         self.delay = 0
         self.ok: Callable[[Order], bool] = lambda _: True
         self.orders: list[Order] = []
+        self.cancelled: list[int] = []
 
     @property
     def idle(self) -> bool:
@@ -86,6 +87,11 @@ class Workers:
             )
             self.orders.append(order)
             self._running.append((self.delay, order))
+        self.cancelled += step.cancels
+        self._running = [
+            (0 if order.order_id in step.cancels else delay, order)
+            for delay, order in self._running
+        ]
 
     def collect(self) -> tuple[list[OrderResult], list[tuple[Order, bool]]]:
         """Results of all ranks, and the loads that ended."""
@@ -94,6 +100,7 @@ class Workers:
         results, loads = [], []
         for order in due:
             ok = order.generation == self._generation and self.ok(order)
+            ok = ok and order.order_id not in self.cancelled
             for rank in range(self._ranks):
                 if ok:
                     self._copy(order, rank)

@@ -87,6 +87,7 @@ def test_aborted_at_any_moment(engine: MiniEngine, tier: VirtualTier, moment: st
     engine.run()
     engine.step()
     engine.step()
+    assert len(engine.workers.cancelled) == (moment == "loading")
     assert tier.leaks() == {}
     assert engine.half.reader.n_loads == 0
     assert_nothing_held(engine)
@@ -102,6 +103,24 @@ def test_an_idle_engine_takes_the_answer_that_an_aborted_request_has_asked_for(
     engine.abort("r2")
     engine.run()
     assert tier.leaks() == {}, "chunks are locked until somebody gives them back"
+
+
+def test_a_load_is_given_up_when_its_program_vanishes(
+    engine: MiniEngine, tier: VirtualTier
+) -> None:
+    first = staged_program(engine)
+    engine.workers.delay = 1000
+    engine.add(follow_up(first, "r2"))
+    while "r2" not in engine.loading:
+        engine.step()
+    (load,) = (o for o in engine.workers.orders if o.direction == "load")
+    engine.abort("r2")
+    engine.workers.delay = 0
+    engine.run(max_steps=5)
+    assert engine.workers.cancelled == [load.order_id]
+    assert failures(engine) == {}, "nobody misses it"
+    assert tier.leaks() == {}
+    assert_nothing_held(engine)
 
 
 def test_an_aborted_failed_load_is_no_measurement(engine: MiniEngine) -> None:

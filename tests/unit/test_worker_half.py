@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
 from dataclasses import replace
@@ -13,6 +14,8 @@ import torch
 
 from kvtier import cpu_pool
 from kvtier.backend import Region
+from kvtier.copies.kernel import CONTROL_STOP, STOPPED
+from kvtier.copy_engine import CpuCopyEngine
 from kvtier.orders import Order, OrderResult, StepOrders, failing_load
 from kvtier.worker_half import WorkerHalf
 
@@ -308,6 +311,60 @@ def test_a_load_that_is_meant_to_fail_fails(
         assert worker.take_loaded() == {"r9"}
         assert worker.take_bad_blocks() == {6, 7}
         worker.close()
+
+
+class Until:
+    """A copy loop that goes on until it is told to stop."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+
+    def __call__(self, *args: Any) -> int:
+        control = args[-1]
+        self.entered.set()
+        deadline_s = time.monotonic() + WAIT_S
+        while not control[CONTROL_STOP]:
+            assert time.monotonic() < deadline_s
+            time.sleep(0)
+        return STOPPED
+
+
+def test_a_cancelled_load_ends_and_its_blocks_are_not_computed(
+    caches: dict[str, torch.Tensor],
+    region: Region,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    copying = Until()
+    monkeypatch.setattr(
+        "kvtier.worker_half.default_engine",
+        lambda layout, mapped: CpuCopyEngine(layout, mapped.array, kernel=copying),
+    )
+    worker = worker_half()
+    worker.register(caches)
+    running, queued = order(1, "load", [4, 5], [[0]]), order(2, "load", [6, 7], [[SLOT_BYTES]])
+    worker.submit(StepOrders(region, [running, queued]))
+    assert copying.entered.wait(WAIT_S)
+    worker.submit(StepOrders(region, cancels=[2, 1, 3]))
+    assert worker._pool is not None
+    worker._pool.drain(WAIT_S)
+    worker.collect()
+    assert {r.order_id: r.ok for r in worker.take_results()} == {1: False, 2: False}
+    assert worker.take_loaded() == {"r1", "r2"}, "vLLM keeps the blocks until it is told"
+    assert worker.take_bad_blocks() == set()
+    assert not caplog.records
+    worker.close()
+
+
+def test_what_was_loaded_before_the_cancel_came_stays_a_success(
+    worker: WorkerHalf, region: Region
+) -> None:
+    assert run(worker, region, order(1, "store", [0, 1], [[0]]))[1].ok
+    assert run(worker, region, order(2, "load", [4, 5], [[0]]))[2].ok
+    worker.submit(StepOrders(region, cancels=[2]))
+    worker.collect()
+    assert worker.take_results() == []
+    assert not worker._cancelled, "an id that is of no order is not kept"
 
 
 def test_close_ends_what_runs_and_is_idempotent(worker: WorkerHalf, region: Region) -> None:
