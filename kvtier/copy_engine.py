@@ -7,6 +7,7 @@ load and nobody for a store.
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections import deque
@@ -209,6 +210,9 @@ class CpuCopyEngine:
         self._active: CopyJob | None = None
         self._closing = False
         self._changed = threading.Condition()
+        # Wakes the thread. Who waits on a condition needs the interpreter lock twice, which is long
+        # beside a running engine: to wake, and to take the condition's own lock.
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._control = np.zeros(CONTROL_FIELDS, np.int64)
         self._thread = threading.Thread(target=self._run, name="kvtier-copy", daemon=True)
         self._thread.start()
@@ -240,7 +244,7 @@ class CpuCopyEngine:
             active = self._active
             if order.direction == "load" and active and active.order.direction == "store":
                 self._control[CONTROL_STOP] = 1
-            self._changed.notify_all()
+        self._wakes.put(None)
 
     def poll(self) -> list[CopyResult]:
         """See `CopyEngine.poll`."""
@@ -278,7 +282,7 @@ class CpuCopyEngine:
         with self._changed:
             self._closing = True
             self._control[CONTROL_STOP] = 1
-            self._changed.notify_all()
+        self._wakes.put(None)
         self._thread.join()
         with self._changed:
             for queue in self._queues.values():
@@ -302,10 +306,12 @@ class CpuCopyEngine:
 
     def _run(self) -> None:
         while True:
+            self._wakes.get()
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or any(self._queues.values()))
                 if self._closing:
                     return
+                if not any(self._queues.values()):
+                    continue  # cancelled
                 job = (self._queues["load"] or self._queues["store"]).popleft()
                 self._active = job
                 self._control[CONTROL_STOP] = 0
@@ -318,6 +324,7 @@ class CpuCopyEngine:
                     self._finish(job, CANCELLED if job.cancelled else CLOSED)
                 else:  # interrupted by a load; goes on where it was
                     self._queues["store"].appendleft(job)
+                    self._wakes.put(None)
 
     def _copy(self, job: CopyJob) -> tuple[bool, str]:
         """Copy on; True when all is copied, and the reason if the order failed."""
