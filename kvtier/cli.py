@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _STYLES: Final = {"ok": "green", "warn": "yellow", "fail": "red"}
 _PASS_THROUGH: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
+_RUNNING: Final = "--running"
 
 app = typer.Typer(
     name="kvtier",
@@ -265,7 +266,12 @@ def replay(context: typer.Context) -> None:
     help="Measure this machine's link and a model's prefill times, which engines start from.",
 )
 def calibrate(context: typer.Context) -> None:
-    """Hand over to the calibration's own command."""
+    """Hand over to the calibration's own command, or to the operator's for engines that run."""
+    if _RUNNING in context.args:
+        from kvtier.operator.calibrate import RUNNING  # noqa: PLC0415
+
+        words = [word for word in context.args if word != _RUNNING]
+        RUNNING(args=words, prog_name=f"kvtier calibrate {_RUNNING}", standalone_mode=True)
     from kvtier.measuring.command import calibrate as command  # noqa: PLC0415
 
     own = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

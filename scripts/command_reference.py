@@ -24,6 +24,8 @@ MARK = "<!-- From here on written by scripts/reference_pages.py from the command
 HANDED_OVER: Final = {
     "demo": "kvtier.demo.command:demo",
     "replay": "kvtier.replay.command:replay",
+    "calibrate": "kvtier.measuring.command:calibrate",
+    "bench link": "kvtier.linkbench.command:link",
 }
 """Commands that `kvtier.cli` hands over to a function of their own, whose options it does not know."""
 

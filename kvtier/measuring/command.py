@@ -49,6 +49,13 @@ def calibrate(
         float, typer.Option(help="For prefill times; the long ones come last.", metavar="SECONDS")
     ] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
+    running: Annotated[
+        bool,
+        typer.Option(
+            "--running",
+            help="Let the engines that run measure their link anew: see kvtier calibrate --running --help.",
+        ),
+    ] = False,
 ) -> None:
     """Measure this machine for MODEL: the link to host memory, the engine's copies, prefill times.
 
@@ -56,6 +63,7 @@ def calibrate(
     with the flags that you serve it with.
     """
     out, log = Console(), Console(stderr=True, highlight=False)
+    assert not running, "kvtier.cli hands this over to the operator's command"
     if (model is None) != link_only:
         log.print("kvtier: give a MODEL, or --link-only", markup=False)
         raise typer.Exit(2)

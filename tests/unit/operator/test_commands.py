@@ -545,3 +545,27 @@ def test_watch_knows_the_kinds(kvtier: Run) -> None:
     result = kvtier("watch", "--kind", "gossip")
     assert result.exit_code == 2
     assert "accepted is turn_started" in result.output
+
+
+# -- calibrate ----------------------------------------------------------------------------------------
+
+
+def test_engines_that_run_are_asked_to_measure(kvtier: Run, server: ScriptedControl) -> None:
+    done = observability_pb2.CalibrateResponse(results=[sample_answers.result()])
+    server.script["Calibrate"] = [done]
+    for more, engine in (((), ""), (("--engine", "e0"), "e0")):
+        result = kvtier("calibrate", "--running", *more)
+        assert result.exit_code == 0, result.output
+        assert "accepted" in result.output
+        assert server.asked[-1].request.engine_id == engine
+    server.script["Calibrate"] = [observability_pb2.CalibrateResponse()]
+    result = kvtier("calibrate", "--running")
+    assert (result.exit_code, "no engine" in result.output) == (1, True)
+
+
+def test_calibrating_what_runs_has_a_help_of_its_own(kvtier: Run) -> None:
+    result = kvtier("calibrate", "--running", "--help")
+    assert result.exit_code == 0
+    assert "--engine" in result.output
+    assert "--target" in result.output
+    assert "--running" in kvtier("calibrate", "--help").output
