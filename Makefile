@@ -1,11 +1,11 @@
 # One word each; `make help` lists them. All of them set up what they need first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench docs protos lock clean
+.PHONY: help setup demo test lint format bench docs protos lock gpu-bundle clean
 
 BIN := .venv/bin
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: ## build .venv from the lock and make the small model (once; then a second)
 	@scripts/setup.sh
@@ -39,6 +39,9 @@ protos: setup ## check proto/ and generate kvtier/v1 from it
 
 lock: setup ## resolve the environment anew (requirements/cpu.txt)
 	scripts/lock.sh
+
+gpu-bundle: setup ## one directory to copy to a GPU host without network: tests, benchmark, wheels
+	scripts/gpu_bundle.sh
 
 clean: ## remove .venv and caches of the tree; the model stays in the user's cache
 	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

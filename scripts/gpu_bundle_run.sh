@@ -48,8 +48,23 @@ export PYTHONPATH="$work:$work/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED
 export KVTIER_CACHE_DIR="$work/cache" GPU_WALK_MINUTES=${GPU_WALK_MINUTES:-3}
 cd "$work" || exit 1
 cp "$here/VERSION" "$results/"
-"$python" -c 'import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())' |
-    tee "$results/machine.txt" || exit 1
+"$python" - <<'END' | tee "$results/machine.txt" || exit 1
+import importlib
+import sys
+
+try:
+    import torch
+except ImportError:
+    sys.exit(f"{sys.executable} has no torch: PYTHON names an interpreter that has one for CUDA")
+if not torch.cuda.is_available():
+    sys.exit(f"no GPU: torch {torch.__version__} finds none here that it can use; nothing was run")
+print("torch", torch.__version__, "CUDA", torch.version.cuda, torch.cuda.get_device_name())
+for name, without in (("cupy", "the kernel path is left out"), ("numba", "copies are issued in Python")):
+    try:
+        print(name, importlib.import_module(name).__version__)
+    except ImportError:
+        print(f"no {name}: {without}")
+END
 
 code=0
 run() { # NAME COMMAND...: keep the output, go on after a failure
