@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path  # noqa: TC003 - typer reads annotations
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvtier.calibration import CalibrationError
+from kvtier.linkbench.demo_reloads import demo_reloads
 from kvtier.linkbench.device import device_named
 from kvtier.linkbench.machine import machine
 from kvtier.linkbench.matrix import CHUNK_BLOCKS, MIB
@@ -60,6 +62,10 @@ def link(
         bool,
         typer.Option("--check-model", help="Compare the cost model's reload times with measured."),
     ] = False,
+    demo: Annotated[
+        Path | None,
+        typer.Option(help="With --check-model: what kvtier demo --json has written.", **_FILE),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results here.", **_FILE)
     ] = None,
@@ -86,9 +92,10 @@ def link(
             quick=quick,
             beside_load=load,
         )
+        reloads = demo_reloads(demo) if demo is not None else None
         with _Shown(console) as shown:
             measured = run_plan(plan, shown.told)
-        check = check_model(plan) if model else None
+        check = dataclasses.replace(check_model(plan), demo=reloads) if model else None
         config = machine(where, ["kvtier", "bench", "link", *_arguments()]) | {
             "total_bytes": plan.total_bytes,
             "rounds": plan.rounds,
@@ -110,6 +117,11 @@ def link(
         console.print()
         console.print(model_table(check))
         console.print(f"median error of the predictions: {check.median_error:.1%}")
+    if check is not None and check.demo is not None:
+        console.print(
+            f"median error over the demo's {len(check.demo.reloads)} reloads: "
+            f"{check.demo.median_error:.1%}"
+        )
 
 
 def _arguments() -> list[str]:
@@ -117,7 +129,7 @@ def _arguments() -> list[str]:
     words, hidden = [], False
     for word in sys.argv[1:]:
         words.append("FILE" if hidden else word)
-        hidden = word in {"--json", "--png"}
+        hidden = word in {"--json", "--png", "--demo"}
     return [word for word in words if word not in {"bench", "link"}]
 
 

@@ -20,6 +20,7 @@ from kvtier.measuring.link import fastest, measure_link
 
 if TYPE_CHECKING:
     from kvtier.costs.estimators import LinkModel
+    from kvtier.linkbench.demo_reloads import DemoReloads
     from kvtier.linkbench.matrix import Layout
     from kvtier.linkbench.measure import Plan
 
@@ -48,6 +49,8 @@ class ModelCheck:
     """All predictions of one run."""
 
     predictions: tuple[Prediction, ...]
+    demo: DemoReloads | None = None
+    """What an engine has predicted while it served."""
 
     @property
     def median_error(self) -> float:
@@ -57,7 +60,8 @@ class ModelCheck:
     def as_object(self) -> dict[str, Any]:
         """The check for JSON."""
         rows = [asdict(p) | {"error": p.error} for p in self.predictions]
-        return {"median_error": self.median_error, "predictions": rows}
+        found: dict[str, Any] = {"median_error": self.median_error, "predictions": rows}
+        return found if self.demo is None else found | {"demo": self.demo.as_object()}
 
 
 def check_model(plan: Plan) -> ModelCheck:

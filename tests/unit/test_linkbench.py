@@ -20,6 +20,7 @@ from kvtier.cli import app
 from kvtier.copies.plan import plan_order
 from kvtier.linkbench import command, measure, model_check, rivals
 from kvtier.linkbench.arena import Arena, Memory, Transfer
+from kvtier.linkbench.demo_reloads import demo_reloads
 from kvtier.linkbench.matrix import (
     BLOCK_BYTES,
     CHUNK_BLOCKS,
@@ -265,6 +266,35 @@ def test_the_models_error_is_of_the_measured_time(monkeypatch: pytest.MonkeyPatc
         assert p.measured_s > 0
     three = [Prediction(SMALL, 16, "scattered", p, 1.0) for p in (0.9, 1.5, 1.2)]
     assert ModelCheck(tuple(three)).median_error == pytest.approx(0.2)
+
+
+def loaded(seconds: float, predicted_s: float, *, ok: bool = True) -> dict[str, Any]:
+    fields = {"event": "loaded", "tokens": 64, "seconds": seconds, "predicted_s": predicted_s}
+    return fields | {"ok": ok}
+
+
+def test_a_demos_reloads_are_read_from_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "demo.json"
+    mine = [loaded(1.0, 0.9), loaded(2.0, 3.0), {"event": "pause"}, loaded(1.0, 9.0, ok=False)]
+    results = [{"decisions": []}, {"decisions": [*mine, loaded(4.0, 5.0)]}]
+    path.write_text(json.dumps({"results": results}))
+    found = demo_reloads(path)
+    assert found.reloads == ((64, 0.9, 1.0), (64, 3.0, 2.0), (64, 5.0, 4.0))
+    assert found.median_error == pytest.approx(0.25)
+    check = ModelCheck((Prediction(SMALL, 16, "runs4", 1.0, 2.0),), found)
+    assert check.as_object()["demo"]["reloads"][0]["predicted_s"] == 0.9
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"results": [{}]}', '{"results": [{"decisions": [{"event": "loaded"}]}]}']
+)
+def test_a_file_that_is_of_no_demo_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "demo.json").write_text(text)
+    with pytest.raises(PathError, match=r"demo\.json is not of kvtier demo"):
+        demo_reloads(tmp_path / "demo.json")
+    (tmp_path / "demo.json").write_text('{"results": []}')
+    with pytest.raises(PathError, match="has reloaded nothing"):
+        demo_reloads(tmp_path / "demo.json")
 
 
 # --- reports -------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
 
 from kvtier.policy import PolicyConfig
+from kvtier.turns.decision_log import DecisionLog
 from tests.unit.mini_engine import MiniEngine
 from tests.unit.program_cases import (
     assert_nothing_held,
@@ -22,6 +24,8 @@ from tests.unit.program_cases import (
 from tests.unit.virtual_tier import VirtualTier
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.unit.fake_vllm import FakeRequest
 
 
@@ -121,6 +125,22 @@ def test_a_load_is_given_up_when_its_program_vanishes(
     assert failures(engine) == {}, "nobody misses it"
     assert tier.leaks() == {}
     assert_nothing_held(engine)
+
+
+def test_the_decision_log_says_what_a_load_took_and_what_was_predicted(
+    engine: MiniEngine, tmp_path: Path
+) -> None:
+    first = staged_program(engine)
+    log = DecisionLog(tmp_path / "log.jsonl")
+    engine.half.answers._log = log
+    engine.run(follow_up(first, "r2"))
+    log.close()
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    entry = json.loads(line)
+    assert (entry["event"], entry["request_id"], entry["ok"]) == ("loaded", "r2", True)
+    assert entry["tokens"] > 0
+    assert entry["predicted_s"] > 0
+    assert entry["seconds"] == pytest.approx(1e-4)
 
 
 def test_an_aborted_failed_load_is_no_measurement(engine: MiniEngine) -> None:

@@ -1,0 +1,52 @@
+"""What the reloads of a demo took, beside what the engine's cost model had predicted for them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvtier.linkbench.paths import PathError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class DemoReloads:
+    """Reloads of one run of ``kvtier demo``: (tokens, predicted seconds, seconds in which bytes moved)."""
+
+    reloads: tuple[tuple[int, float, float], ...]
+
+    @property
+    def median_error(self) -> float:
+        """Median distance of a prediction from the measured time, as a share of it."""
+        return statistics.median(abs(p - s) / s for _, p, s in self.reloads)
+
+    def as_object(self) -> dict[str, Any]:
+        """For JSON."""
+        names = ("tokens", "predicted_s", "measured_s")
+        rows = [dict(zip(names, reload, strict=True)) for reload in self.reloads]
+        return {"median_error": self.median_error, "reloads": rows}
+
+
+def demo_reloads(path: Path) -> DemoReloads:
+    """Read them from what ``kvtier demo --json`` has written.
+
+    Raises:
+        PathError: it is no such file, or there was no reload.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["results"]
+        loaded = [e for row in rows for e in row["decisions"] if e["event"] == "loaded"]
+        found = tuple(
+            (int(e["tokens"]), float(e["predicted_s"]), float(e["seconds"]))
+            for e in loaded
+            if e["ok"] and e["seconds"] > 0
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PathError(f"{path.name} is not of kvtier demo --json: {error!r}") from error
+    if not found:
+        raise PathError(f"{path.name}: the demo has reloaded nothing")
+    return DemoReloads(found)
