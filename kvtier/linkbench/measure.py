@@ -74,6 +74,8 @@ class Row:
         ceiling_gbps: one large copy in the same rounds.
         efficiency: gbps / ceiling_gbps.
         submit_us: microseconds until the caller was free for other work, in the fastest round.
+        submit_us_per_run: the same and what other threads took to submit, for each run after merging.
+            Of paths that copy while they submit, as all but kvtier's do on CPU, it is no submitting.
         load_slowdown: time of the load over its time alone; None when idle.
         rounds: how many rounds.
     """
@@ -89,6 +91,7 @@ class Row:
     ceiling_gbps: float
     efficiency: float
     submit_us: float
+    submit_us_per_run: float
     load_slowdown: float | None
     rounds: int
 
@@ -208,20 +211,20 @@ def _transfers(arena: Arena, cell: Cell) -> Iterator[list[Transfer]]:
         first += slots_used
 
 
-def _timed(path: Path, transfers: Sequence[Transfer]) -> tuple[float, float]:
-    """Seconds of a copy, and until the caller was free."""
+def _timed(path: Path, transfers: Sequence[Transfer]) -> tuple[float, float, float]:
+    """Seconds of a copy, until the caller was free, and that other threads took to submit."""
     copy = path.prepare(transfers)
     started_s = time.perf_counter()
     copy.start()
     submitted_s = time.perf_counter()
     copy.wait()
-    return time.perf_counter() - started_s, submitted_s - started_s
+    return time.perf_counter() - started_s, submitted_s - started_s, copy.issue_s
 
 
 def idle_rows(paths: Sequence[Path], arena: Arena, cell: Cell, rounds: int) -> list[Row]:
     """All paths in turn, so many rounds and one before that only warms up."""
     transfers = _transfers(arena, cell)
-    times: dict[str, list[tuple[float, float]]] = {path.name: [] for path in paths}
+    times: dict[str, list[tuple[float, float, float]]] = {path.name: [] for path in paths}
     for i in range(_MOST_ROUNDS * rounds + 1):
         if i > rounds and all(map(_is_settled, times.values())):
             break
@@ -234,7 +237,7 @@ def idle_rows(paths: Sequence[Path], arena: Arena, cell: Cell, rounds: int) -> l
     large = arena.kv_bytes.numel()
     ceiling_gbps = large / best[CEILING][0] / 1e9
     rows = []
-    for name, (seconds, submit_s) in best.items():
+    for name, (seconds, submit_s, issue_s) in best.items():
         n_bytes = large if name == CEILING else cell.n_bytes
         rows.append(
             _row(
@@ -243,6 +246,7 @@ def idle_rows(paths: Sequence[Path], arena: Arena, cell: Cell, rounds: int) -> l
                 n_bytes,
                 seconds,
                 submit_s,
+                issue_s,
                 ceiling_gbps,
                 load=None,
                 rounds=len(times[name]),
@@ -251,9 +255,9 @@ def idle_rows(paths: Sequence[Path], arena: Arena, cell: Cell, rounds: int) -> l
     return rows
 
 
-def _is_settled(times: list[tuple[float, float]]) -> bool:
+def _is_settled(times: list[tuple[float, float, float]]) -> bool:
     """Whether another round would hardly find a faster one: nobody disturbed the two fastest."""
-    fastest = sorted(seconds for seconds, _ in times)[:2]
+    fastest = sorted(seconds for seconds, _, _ in times)[:2]
     return len(fastest) > 1 and fastest[1] <= fastest[0] * (1 + _SETTLED)
 
 
@@ -269,7 +273,7 @@ def loaded_rows(paths: Sequence[Path], arena: Arena, cell: Cell, load: DecodeLoa
     """Every path for a while beside the load, and the load alone before it, in turn."""
     transfers = _transfers(arena, cell)
     alone_per_s = 0.0
-    best: dict[str, tuple[float, float]] = {}
+    best: dict[str, tuple[float, float, float]] = {}
     beside_per_s = dict.fromkeys((path.name for path in paths), 0.0)
     copied = dict.fromkeys((path.name for path in paths), 0)
     for _ in range(_WINDOWS):
@@ -277,15 +281,15 @@ def loaded_rows(paths: Sequence[Path], arena: Arena, cell: Cell, load: DecodeLoa
             load.begin()
             time.sleep(_WINDOW_S)
             alone_per_s = max(alone_per_s, load.end())
-            copies: list[tuple[float, float]] = []
+            copies: list[tuple[float, float, float]] = []
             load.begin()
             until_s = time.perf_counter() + _WINDOW_S
             while time.perf_counter() < until_s or not copies:
                 copies.append(_timed(path, next(transfers)))
             beside_per_s[path.name] = max(beside_per_s[path.name], load.end())
             copied[path.name] += len(copies)
-            seconds, submits = zip(*copies, strict=True)
-            mean = statistics.fmean(seconds), statistics.fmean(submits)
+            seconds, submits, issues = map(statistics.fmean, zip(*copies, strict=True))
+            mean = seconds, submits, issues
             best[path.name] = min(best.get(path.name, mean), mean)
     large = arena.kv_bytes.numel()
     ceiling_gbps = large / best[CEILING][0] / 1e9
@@ -296,11 +300,12 @@ def loaded_rows(paths: Sequence[Path], arena: Arena, cell: Cell, load: DecodeLoa
             large if name == CEILING else cell.n_bytes,
             seconds,
             submit_s,
+            issue_s,
             ceiling_gbps,
             load=alone_per_s / beside_per_s[name],
             rounds=copied[name],
         )
-        for name, (seconds, submit_s) in best.items()
+        for name, (seconds, submit_s, issue_s) in best.items()
     ]
 
 
@@ -310,6 +315,7 @@ def _row(
     n_bytes: int,
     seconds: float,
     submit_s: float,
+    issue_s: float,
     ceiling_gbps: float,
     *,
     load: float | None,
@@ -328,6 +334,7 @@ def _row(
         ceiling_gbps=ceiling_gbps,
         efficiency=gbps / ceiling_gbps,
         submit_us=submit_s * 1e6,
+        submit_us_per_run=(submit_s + issue_s) * 1e6 / (1 if name == CEILING else cell.n_runs),
         load_slowdown=load,
         rounds=rounds,
     )

@@ -34,7 +34,13 @@ class PathError(RuntimeError):
 
 
 class Copy(Protocol):
-    """Prepared transfers; both methods are called once."""
+    """Prepared transfers; both methods are called once.
+
+    Attributes:
+        issue_s: after `wait`: what other threads than the caller's took to submit.
+    """
+
+    issue_s: float
 
     def start(self) -> None:
         """Submit; returns when the caller is free for other work."""
@@ -81,6 +87,8 @@ class Streams:
 
 class Calls:
     """A `Copy` of one function for each transfer, in stream order."""
+
+    issue_s = 0.0
 
     def __init__(self, calls: Sequence[tuple[Direction, Callable[[], None]]], to: Streams) -> None:
         """Keep what is to be called."""
@@ -171,6 +179,7 @@ class _EngineCopy:
     def __init__(self, engine: CopyEngine, orders: list[CopyOrder]) -> None:
         self._engine = engine
         self._orders = orders
+        self.issue_s = 0.0
 
     def start(self) -> None:
         for order in self._orders:
@@ -182,6 +191,7 @@ class _EngineCopy:
         failed = [result.error for result in results if not result.ok]
         if not done or failed or len(results) != len(self._orders):
             raise PathError(failed[0] if failed else f"no result within {_TIMEOUT_S:g} s")
+        self.issue_s = sum(result.issue_s for result in results)
 
 
 class TorchPerBlock:

@@ -88,6 +88,7 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "efficiency_median": statistics.median(row.efficiency for row in mine),
                 "kvtier_over_path_min": min(ratios, default=None),
                 "kvtier_over_path_median": statistics.median(ratios) if ratios else None,
+                "submit_us_per_run_median": statistics.median(r.submit_us_per_run for r in mine),
             }
         )
     return found

@@ -78,6 +78,7 @@ def row(path: str, gbps: float, **changes: Any) -> Row:
         "ceiling_gbps": 10.0,
         "efficiency": gbps / 10.0,
         "submit_us": 3.0,
+        "submit_us_per_run": 0.5,
         "load_slowdown": None,
         "rounds": 3,
     }
@@ -208,13 +209,16 @@ def test_a_run_measures_all_cells_and_names_what_is_missing(
         assert found.gbps == pytest.approx(n_bytes / found.seconds / 1e9)
         assert found.efficiency == pytest.approx(found.gbps / found.ceiling_gbps)
         assert 0 < found.submit_us <= found.seconds * 1e6
+        assert 0 < found.submit_us_per_run <= found.submit_us
         assert 2 <= found.rounds <= 8
 
 
 def test_rounds_go_on_until_the_two_fastest_agree() -> None:
-    assert not measure._is_settled([(1.0, 0.0)])
-    assert not measure._is_settled([(1.0, 0.0), (1.1, 0.0)])
-    assert measure._is_settled([(3.0, 0.0), (1.0, 0.0), (1.02, 0.0), (9.0, 0.0)])
+    assert not measure._is_settled([(1.0, 0.0, 0.0)])
+    assert not measure._is_settled([(1.0, 0.0, 0.0), (1.1, 0.0, 0.0)])
+    assert measure._is_settled(
+        [(3.0, 0.0, 0.0), (1.0, 0.0, 0.0), (1.02, 0.0, 0.0), (9.0, 0.0, 0.0)]
+    )
 
 
 def test_beside_a_load_the_loads_slowdown_is_reported(arena: Arena) -> None:
@@ -324,6 +328,7 @@ def test_the_summary_compares_cell_by_cell() -> None:
     ]
     own, other = summary(rows)
     assert (own["path"], own["efficiency_min"]) == ("kvtier", 0.8)
+    assert own["submit_us_per_run_median"] == 0.5
     assert own["efficiency_median"] == pytest.approx(0.85)
     assert (other["kvtier_over_path_min"], other["kvtier_over_path_median"]) == (1.0, 2.0)
     console = Console(width=160, record=True, file=io.StringIO())
