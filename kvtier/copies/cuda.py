@@ -116,7 +116,7 @@ class CudaCopyEngine:
         self._computing.record(torch.cuda.current_stream(layout.device))
         self._results: list[CopyResult] = []
         self._closing = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         directions: tuple[Direction, ...] = ("load", "store")
         self._lanes = {d: Lane.create(d, layout.device, max_batches) for d in directions}
         self._threads = [
@@ -133,13 +133,13 @@ class CudaCopyEngine:
         try:
             plan = plan_order(self._layout, order, self._region.numel())
         except CopyOrderError as error:
-            with self._changed:
+            with self._lock:
                 self._check_open()
                 self._results.append(rejected(order, str(error)))
             return
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self._layout.device))
-        with self._changed:
+        with self._lock:
             self._check_open()
             lane = self._lanes[order.direction]
             backlog, limit = lane.backlog_bytes, self._max_store_backlog_bytes
@@ -149,12 +149,12 @@ class CudaCopyEngine:
                 return
             lane.backlog_bytes += plan.n_bytes
             lane.queue.append((CopyJob(order, plan, now_s), ready))
-            self._changed.notify_all()
+        lane.wakes.put(None)
 
     def poll(self) -> list[CopyResult]:
         """See `CopyEngine.poll`."""
         self._computing.record(torch.cuda.current_stream(self._layout.device))
-        with self._changed:
+        with self._lock:
             for lane in self._lanes.values():
                 while lane.issued and lane.issued[0].end.query():
                     self._complete(lane, lane.issued.popleft())
@@ -163,7 +163,7 @@ class CudaCopyEngine:
 
     def backlog_bytes(self, direction: Direction) -> int:
         """See `CopyEngine.backlog_bytes`."""
-        with self._changed:
+        with self._lock:
             return self._lanes[direction].backlog_bytes
 
     def drain(self, timeout_s: float) -> bool:
@@ -173,20 +173,20 @@ class CudaCopyEngine:
         results: list[CopyResult] = []
         while True:
             results += self.poll()
-            with self._changed:
+            with self._lock:
                 done = all(lane.is_idle for lane in self._lanes.values())
             waited_s = time.monotonic() - started_s
             if done or waited_s > timeout_s:
                 break
             # Short copies are worth a busy loop: the sleep is longer than they are.
             time.sleep(_DRAIN_POLL_S if waited_s > _DRAIN_SPIN_S else 0)
-        with self._changed:
+        with self._lock:
             self._results = results + self._results
         return done
 
     def cancel(self, order_id: int | str) -> bool:
         """See `CopyEngine.cancel`. What is on its stream already ends as usual."""
-        with self._changed:
+        with self._lock:
             for lane in self._lanes.values():
                 for item in lane.queue:
                     if item[0].order.order_id == order_id:
@@ -207,16 +207,17 @@ class CudaCopyEngine:
 
     def close(self) -> None:
         """See `CopyEngine.close`."""
-        with self._changed:
+        with self._lock:
             self._closing = True
             for lane in self._lanes.values():
                 lane.control[issue.CONTROL_STOP] = 1
-            self._changed.notify_all()
+        for lane in self._lanes.values():
+            lane.wakes.put(None)
         for thread in self._threads:
             thread.join()
         for lane in self._lanes.values():
             lane.stream.synchronize()
-        with self._changed:
+        with self._lock:
             for lane in self._lanes.values():
                 while lane.issued:
                     self._complete(lane, lane.issued.popleft())
@@ -229,7 +230,7 @@ class CudaCopyEngine:
             raise RuntimeError(CLOSED)
 
     def _complete(self, lane: Lane, issued: Issued) -> None:
-        """Report what its stream is past; the caller holds the condition."""
+        """Report what its stream is past; the caller holds the lock."""
         deadline_s = issued.job.order.deadline_s
         late = deadline_s is not None and self._clock() > deadline_s
         seconds = issued.start.elapsed_time(issued.end) / 1e3
@@ -251,10 +252,12 @@ class CudaCopyEngine:
     def _run(self, lane: Lane) -> None:
         torch.cuda.set_device(self._layout.device)
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closing or lane.queue)
+            lane.wakes.get()
+            with self._lock:
                 if self._closing:
                     return
+                if not lane.queue:
+                    continue  # cancelled
                 job, ready = lane.queue.popleft()
                 lane.active = job
                 lane.control[issue.CONTROL_STOP] = 0
@@ -267,7 +270,7 @@ class CudaCopyEngine:
                 with contextlib.suppress(RuntimeError):  # of a device that is lost
                     # What was issued must not run on after the result.
                     lane.stream.synchronize()
-            with self._changed:
+            with self._lock:
                 lane.active = None
                 if issued is not None:
                     lane.issued.append(issued)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -58,6 +59,7 @@ class Lane:
     Attributes:
         ring: see `issue.IssueLoop`; the handles are those of ``ring_events``.
         best_bytes_per_s: the fastest large copy so far; 0 before the first.
+        wakes: wakes the lane's thread, see `CpuCopyEngine`.
     """
 
     direction: Direction
@@ -66,6 +68,7 @@ class Lane:
     ring_events: list[torch.cuda.Event]
     attributes: CopyAttributes
     queue: deque[tuple[CopyJob, torch.cuda.Event]] = field(default_factory=deque)
+    wakes: SimpleQueue[None] = field(default_factory=SimpleQueue)
     active: CopyJob | None = None
     issued: deque[Issued] = field(default_factory=deque)
     backlog_bytes: int = 0
