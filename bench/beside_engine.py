@@ -26,20 +26,19 @@ import json
 import os
 import statistics
 import sys
-import threading
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.memcpy_loop import MemcpyLoop
+from bench.quiet import MOST_OTHERS, Windows
 from kvtier.copies.kernel import CopyKernel, compiled_kernel, python_kernel
 from kvtier.copy_engine import CopyJob, CopyOrder, CpuCopyEngine, Direction, KVLayout
 from kvtier.linkbench.machine import machine
@@ -53,9 +52,6 @@ CHUNK_BLOCKS: Final = 2
 LAYERS, HEADS, HEAD_SIZE = 30, 3, 64  # SmolLM2-135M
 MOST_TIMES_ALONE: Final = 2.0
 MOST_EXTRA_LOSS: Final = 0.05
-MOST_OTHERS: Final = 0.1
-QUIET_S: Final = 0.5
-"""How long the machine must be quiet before a window."""
 TIMEOUT_S: Final = 120.0
 ALONE, STAGE, RELOAD = "engine alone", "kvtier stages", "kvtier reloads"
 _DIRECTION: Final[dict[str, Direction]] = {STAGE: "store", RELOAD: "load"}
@@ -147,59 +143,6 @@ class Copies:
         return self.engine.took_s
 
 
-class MemcpyLoop:
-    """A thread in compiled code that moves bytes at a given rate."""
-
-    def __init__(self, n_bytes: int) -> None:
-        """Compile; each ``memcpy`` is of ``n_bytes``."""
-        numba = importlib.import_module("numba")
-        types = importlib.import_module("numba.core.types")
-        memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.intp))
-        usleep = types.ExternalFunction("usleep", types.int32(types.int32))
-        clock_gettime = types.ExternalFunction(
-            "clock_gettime", types.int32(types.int32, types.intp)
-        )
-
-        @numba.njit("void(int64, int64, int64, float64, int64[::1])", nogil=True)
-        def loop(target: Any, source: Any, size: Any, per_s: Any, control: Any) -> None:
-            clock = np.zeros(2, np.int64)
-            clock_gettime(1, clock.ctypes.data)
-            started_s = clock[0] + clock[1] / 1e9
-            while control[0] == 0:
-                clock_gettime(1, clock.ctypes.data)
-                ahead_s = control[1] / per_s - (clock[0] + clock[1] / 1e9 - started_s)
-                if ahead_s > 0:
-                    usleep(min(int(ahead_s * 1e6) + 1, 1000))
-                else:
-                    before_s = clock[0] + clock[1] / 1e9
-                    memcpy(target, source, size)
-                    clock_gettime(1, clock.ctypes.data)
-                    control[1] += size
-                    control[2] += int((clock[0] + clock[1] / 1e9 - before_s) * 1e9)
-
-        self._loop = loop
-        self._ends = (np.ones(n_bytes, np.uint8), np.ones(n_bytes, np.uint8))
-        self._control = np.zeros(3, np.int64)
-        self._thread: threading.Thread | None = None
-
-    def start(self, bytes_per_s: float) -> None:
-        """Begin."""
-        self._control = np.zeros(3, np.int64)
-        target, source = (array.ctypes.data for array in self._ends)
-        size = self._ends[0].nbytes
-        args = (target, source, size, bytes_per_s, self._control)
-        self._thread = threading.Thread(target=self._loop, args=args)
-        self._thread.start()
-
-    def stop(self) -> tuple[int, float]:
-        """End; bytes moved, and mean seconds of a ``memcpy``."""
-        self._control[0] = 1
-        if self._thread is not None:
-            self._thread.join()
-        _, n_bytes, ns = self._control.tolist()
-        return n_bytes, ns / 1e9 / max(1, n_bytes // self._ends[0].nbytes)
-
-
 class Batch:
     """A fixed piece of work for the engine: prompts to prefill while others decode."""
 
@@ -248,62 +191,6 @@ class Batch:
         return time.perf_counter() - started_s
 
 
-class Others:
-    """What other processes take of the machine's processors."""
-
-    def __init__(self) -> None:
-        """Begin a window."""
-        self._process = psutil.Process()
-        self._started = self._read()
-
-    def _read(self) -> tuple[float, float, float]:
-        times, own = psutil.cpu_times(), self._process.cpu_times()
-        idle = times.idle + times.iowait
-        return sum(times[:8]) - idle, own.user + own.system, time.perf_counter()
-
-    def share(self) -> float:
-        """Part of all processors since the window began."""
-        busy, own, now_s = (b - a for a, b in zip(self._started, self._read(), strict=True))
-        return max(0.0, busy - own) / (now_s * (os.cpu_count() or 1))
-
-
-class Windows:
-    """What was measured in windows that nobody disturbed."""
-
-    def __init__(self, minutes: float) -> None:
-        """Set when to give up on quiet windows."""
-        self.seconds: dict[str, list[float]] = defaultdict(list)
-        self.bytes_per_s: dict[str, list[float]] = defaultdict(list)
-        self.copy_s: dict[str, list[float]] = defaultdict(list)
-        self.disturbed = 0
-        self._until_s = time.monotonic() + minutes * 60
-
-    def run(self, window: Callable[[], None]) -> None:
-        """Call ``window``, which adds to the fields, until nobody disturbs it."""
-        while time.monotonic() < self._until_s:
-            others = Others()
-            time.sleep(QUIET_S)
-            if others.share() > MOST_OTHERS:
-                continue
-            before = [dict(map(_copied, f.items())) for f in self._fields()]
-            others = Others()
-            window()
-            if others.share() <= MOST_OTHERS:
-                return
-            self.disturbed += 1
-            for field, old in zip(self._fields(), before, strict=True):
-                field.clear()
-                field.update(old)
-        raise SystemExit("the machine is too busy to measure")
-
-    def _fields(self) -> tuple[dict[str, list[float]], ...]:
-        return self.seconds, self.bytes_per_s, self.copy_s
-
-
-def _copied(item: tuple[str, list[float]]) -> tuple[str, list[float]]:
-    return item[0], list(item[1])
-
-
 def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str], int]:
     """All rounds; the rows, which limits do not hold, and how many windows were repeated."""
     batch = Batch(options)
@@ -320,7 +207,8 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
         found.copy_s[_alone(name)] += copies.alone_s(_DIRECTION[name], 10)[2:]
 
     def copies_beside(name: str) -> None:
-        copies.engine.took_s = took = []
+        took: list[float] = []
+        copies.engine.took_s = took
         copies.moved_s = []
         seconds = batch.run_s(lambda: copies.top_up(_DIRECTION[name]))
         n_done = len(took)
