@@ -26,6 +26,7 @@ from kvtier.copies.kernel import (
     STATE_BYTES,
     STATE_FIELDS,
     STATE_NS,
+    STATE_SAFE_RUN,
     CopyKernel,
     load_kernel,
 )
@@ -118,7 +119,13 @@ class CopyJob:
     state: NDArray[np.int64] = field(default_factory=lambda: np.zeros(STATE_FIELDS, np.int64))
 
     def result(
-        self, *, seconds: float, n_bytes: int, error: str = "", issue_s: float = 0.0
+        self,
+        *,
+        seconds: float,
+        n_bytes: int,
+        error: str = "",
+        issue_s: float = 0.0,
+        missing_blocks: frozenset[int] | None = None,
     ) -> CopyResult:
         """Close the job; it is ok if ``error`` is empty."""
         started_s = self.submitted_s if self.started_s is None else self.started_s
@@ -133,6 +140,7 @@ class CopyJob:
             ok=not error,
             error=error,
             issue_s=issue_s,
+            missing_blocks=missing_blocks,
         )
 
 
@@ -301,7 +309,11 @@ class CpuCopyEngine:
         """Record the result; the caller holds the condition."""
         self._backlog_bytes[job.order.direction] -= job.plan.n_bytes
         seconds, n_bytes = int(job.state[STATE_NS]) / 1e9, int(job.state[STATE_BYTES])
-        self._results.append(job.result(seconds=seconds, n_bytes=n_bytes, error=error))
+        missing = None
+        if error and job.order.direction == "load":
+            missing = job.plan.blocks_from(int(job.state[STATE_SAFE_RUN]))
+        result = job.result(seconds=seconds, n_bytes=n_bytes, error=error, missing_blocks=missing)
+        self._results.append(result)
         self._changed.notify_all()
 
     def _run(self) -> None:

@@ -153,7 +153,7 @@ class WorkerHalf:
         if self._pool is None:
             return
         for result in self._pool.poll():
-            self._finish(_to_order_result(result))
+            self._finish(_to_order_result(result), result.missing_blocks)
 
     def take_loaded(self) -> set[str]:
         """Requests whose load ended, well or not, since the last call."""
@@ -224,7 +224,7 @@ class WorkerHalf:
         self._begin(order)
         self._finish(_failed(order, why))
 
-    def _finish(self, result: OrderResult) -> None:
+    def _finish(self, result: OrderResult, missing: frozenset[int] | None = None) -> None:
         self._results.append(result)
         cancelled = str(result.order_id) in self._cancelled
         self._cancelled.discard(str(result.order_id))
@@ -239,7 +239,8 @@ class WorkerHalf:
             self._loaded.add(order.request_id)
             # Of a cancelled load nobody will read the blocks: they are freed, not computed.
             if not result.ok and not cancelled:
-                self._bad_blocks.update(order.block_ids[order.skip_blocks :])
+                wanted = order.block_ids[order.skip_blocks :]
+                self._bad_blocks.update(b for b in wanted if missing is None or b in missing)
 
 
 def calibrate(

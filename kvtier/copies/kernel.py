@@ -39,8 +39,9 @@ STOPPED, DONE, LATE = range(3)
 CONTROL_STOP, CONTROL_DEADLINE_NS, CONTROL_FIELDS = range(3)
 NO_DEADLINE_NS = (1 << 63) - 1
 
-STATE_RUN, STATE_PLANE, STATE_OFFSET, STATE_BYTES, STATE_NS, STATE_FIELDS = range(6)
-"""Where a copy stands, so that it can be stopped and resumed, and what it took so far."""
+STATE_RUN, STATE_PLANE, STATE_OFFSET, STATE_BYTES, STATE_NS, STATE_SAFE_RUN, STATE_FIELDS = range(7)
+"""Where a copy stands, so that it can be stopped and resumed, and what it took so far. Runs before
+``SAFE_RUN`` were copied before the deadline for certain."""
 
 _VECTOR_BYTES = 64
 """A line of the cache; LLVM splits it where the processor's registers are narrower."""
@@ -122,6 +123,7 @@ def _copy_runs(
                 if clock[0] * 1_000_000_000 + clock[1] > control[CONTROL_DEADLINE_NS]:
                     outcome = LATE
                     break
+                state[STATE_SAFE_RUN] = state[STATE_RUN]
             if control[CONTROL_STOP] != 0:
                 outcome = STOPPED
                 break
@@ -144,7 +146,10 @@ def _copy_runs(
                 state[STATE_RUN] = run + 1
     _fence()
     _clock_gettime(_CLOCK_MONOTONIC, clock.ctypes.data)
-    state[STATE_NS] += clock[0] * 1_000_000_000 + clock[1] - started_ns
+    ended_ns = clock[0] * 1_000_000_000 + clock[1]
+    if ended_ns <= control[CONTROL_DEADLINE_NS]:
+        state[STATE_SAFE_RUN] = state[STATE_RUN]
+    state[STATE_NS] += ended_ns - started_ns
     return outcome
 
 

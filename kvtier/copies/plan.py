@@ -75,7 +75,9 @@ class CopyResult:
     """Mean bytes per contiguous run of the order: the size that the link model goes by."""
     ok: bool
     error: str = ""
-    """Empty, or a reason in words. A failed load may have written some of its blocks."""
+    """Empty, or a reason in words."""
+    missing_blocks: frozenset[int] | None = None
+    """Blocks that a failed load has not written in time; None: possibly all of them."""
     issue_s: float = 0.0
     """Processor time of putting the copy on a stream; 0 where a thread copies."""
 
@@ -94,6 +96,11 @@ class RunPlan:
     n_bytes: int
     n_runs: int
     """Contiguous byte runs over all planes."""
+
+    def blocks_from(self, first_run: int) -> frozenset[int]:
+        """Ids of the KV cache's blocks in this run and those after it."""
+        left = self.runs[first_run:]
+        return frozenset(b for first, _, _, n in left.tolist() for b in range(first, first + n))
 
     @property
     def run_bytes(self) -> float:

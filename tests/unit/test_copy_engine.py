@@ -458,6 +458,25 @@ def test_lease_over_before_the_copy() -> None:
     np.testing.assert_array_equal(case.region, region)
 
 
+def test_a_late_load_tells_which_blocks_it_has_not_written() -> None:
+    case = make_case()
+    plan = plan_order(case.layout, case.order("load"), case.region.nbytes)
+    assert len(plan.runs) > 2
+
+    def late(runs: object, *args: object) -> int:
+        compiled_kernel()(runs[:2], *args)  # type: ignore[index,arg-type]
+        return copy_kernel.LATE
+
+    (result,) = run(case, case.order("load"), kernel=late)
+    assert result.error == copy_engine.LEASE_ENDED
+    written = {b for first, _, _, n in plan.runs[:2].tolist() for b in range(first, first + n)}
+    assert result.missing_blocks == set(case.block_ids) - written
+    (early,) = run(case, case.order("load", deadline_s=-1.0))
+    assert early.missing_blocks == set(case.block_ids)
+    (store,) = run(case, case.order("store", deadline_s=-1.0))
+    assert store.missing_blocks is None
+
+
 def test_lease_over_during_the_copy_stops_it() -> None:
     case = make_case()
     order = case.order("store")
@@ -478,6 +497,10 @@ def test_lease_over_during_the_copy_stops_it() -> None:
     assert outcome == copy_kernel.LATE
     assert sum(copied) == 2 * 16
     assert state[copy_kernel.STATE_NS] == 30
+    # Of what was copied after the last look nobody knows whether it was in time.
+    state[:], copied[:], now_ns[0] = 0, [], 0
+    assert loop(plan.runs, plan.planes, 0, 0, 300, state, control) == copy_kernel.LATE
+    assert (state[copy_kernel.STATE_RUN], state[copy_kernel.STATE_SAFE_RUN]) == (2, 1)
 
 
 def test_store_backlog_is_bounded() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from kvtier import cpu_pool
 from kvtier.backend import Region
-from kvtier.copies.kernel import CONTROL_STOP, STOPPED
+from kvtier.copies.kernel import CONTROL_STOP, LATE, STOPPED, compiled_kernel
 from kvtier.copy_engine import CpuCopyEngine
 from kvtier.orders import Order, OrderResult, StepOrders, failing_load
 from kvtier.worker_half import WorkerHalf
@@ -353,6 +353,26 @@ def test_a_cancelled_load_ends_and_its_blocks_are_not_computed(
     assert worker.take_loaded() == {"r1", "r2"}, "vLLM keeps the blocks until it is told"
     assert worker.take_bad_blocks() == set()
     assert not caplog.records
+    worker.close()
+
+
+def test_of_a_load_that_fails_half_way_only_the_rest_is_computed(
+    caches: dict[str, torch.Tensor], region: Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(runs: Any, *args: Any) -> int:
+        compiled_kernel()(runs[:1], *args)
+        return LATE
+
+    monkeypatch.setattr(
+        "kvtier.worker_half.default_engine",
+        lambda layout, mapped: CpuCopyEngine(layout, mapped.array, kernel=late),
+    )
+    worker = worker_half()
+    worker.register(caches)
+    load = order(1, "load", [4, 5, 8, 9], [[0, SLOT_BYTES]])
+    assert not run(worker, region, load)[1].ok
+    assert worker.take_loaded() == {"r1"}
+    assert worker.take_bad_blocks() == {8, 9}
     worker.close()
 
 
