@@ -44,6 +44,8 @@ LOCAL = {"doctor", "config", "version"}
 NOT_HERE = {
     "demo": "takes ten minutes; tests/engine/test_demo.py runs it",
     "replay": "tests/engine/test_docs_replay.py runs each",
+    "calibrate": "measures; test_measuring.py runs it, and with --running operator/test_commands.py",
+    "bench": "takes minutes; test_linkbench.py runs it",
 }
 HARMLESS = (
     r"\(umask 077; python3 -c '.*' > tokens\)",
