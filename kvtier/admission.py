@@ -3,8 +3,9 @@
 vLLM asks its connector once per waiting request and step whether the request may be looked up; a
 "not now" defers it to the next step. This controller answers, before anything is looked up.
 
-Order. Requests that have waited for longer than their *patience* come first, the longest waiting
-ahead; then the others by the arrival of their program. So older programs finish first, which makes
+Order. By vLLM's priority, where requests have different ones. Among equals, requests that have waited for
+longer than their *patience* come first, the longest waiting ahead; then the others by the arrival of their
+program. So older programs finish first, which makes
 the mean job completion time short, and yet nobody waits long for one token. The patience of a returning
 turn is the time that serving the other busy programs a turn each would take if their contexts had to be
 computed anew, at most ``aging_s``: the wait in an engine that keeps nothing. Aging by time alone would not
@@ -25,15 +26,12 @@ if nothing runs, the first in order of those that were asked for last time is le
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import Final, Generic, TypeVar
+from collections import Counter
+from typing import Final, Generic
 
-from kvtier.admission_facts import AdmissionConfig, AdmissionDecision, AdmissionView
+from kvtier.admission_facts import AdmissionConfig, AdmissionDecision, AdmissionView, Key, Waiting
 from kvtier.demand_forecast import DemandForecast
 from kvtier.working_set import WorkingSet
-
-Key = TypeVar("Key", bound=Hashable)
 
 _COMPACT_FROM: Final = 64
 _RETURNING, _NEW, _RETURNING_LINE, _NEW_LINE = range(4)
@@ -43,24 +41,7 @@ MIN_PATIENCE_S: Final = 1.0
 """Below this, an order by program would only be noise."""
 
 
-# eq=False: compared by identity; heaps compare keys, which end in a sequence number.
-@dataclass(slots=True, eq=False)
-class _Waiting(Generic[Key]):
-    program: Key
-    is_new_program: bool
-    context_blocks: int
-    since_s: float
-    order: tuple[float, int]
-    line: tuple[float, int]
-    asked_scan: int
-    asked: bool = False
-    in_heaps: set[int] = field(default_factory=set)
-    gone: bool = False
-    deferred_since_s: float | None = None
-    admitted_since_s: float | None = None
-
-
-_HeapItem = tuple[tuple[float, int], _Waiting[Key]]
+_HeapItem = tuple[tuple[int, float, int], Waiting[Key]]
 
 
 class AdmissionController(Generic[Key]):
@@ -71,8 +52,11 @@ class AdmissionController(Generic[Key]):
 
     def __init__(self, config: AdmissionConfig | None = None) -> None:
         self.config = config or AdmissionConfig()
-        self._waiting: dict[str, _Waiting[Key]] = {}
-        self._started: dict[str, Key] = {}
+        self._waiting: dict[str, Waiting[Key]] = {}
+        self._started: dict[str, Waiting[Key]] = {}
+        # How many of them have which priority, and the largest; None: to be found out.
+        self._priorities: Counter[int] = Counter()
+        self._least_urgent: int | None = None
         # Returning turns, and turns of new programs, which may be unable to start: by program, and by
         # waiting time.
         self._heaps: tuple[list[_HeapItem[Key]], ...] = ([], [], [], [])
@@ -117,6 +101,7 @@ class AdmissionController(Generic[Key]):
         returning: bool,
         context_blocks: int,
         now_s: float,
+        priority: int = 0,
     ) -> None:
         """Take in a request that begins to wait; known ones are left as they are.
 
@@ -127,18 +112,20 @@ class AdmissionController(Generic[Key]):
             returning: The program has run a turn before.
             context_blocks: Blocks that its context is expected to take.
             now_s: The time of arrival.
+            priority: vLLM's; less is more urgent.
         """
         self._now_s = max(self._now_s, now_s)
         if request_id in self._waiting or request_id in self._started:
             return
         self._sequence += 1
-        entry = _Waiting(
+        entry = Waiting(
             program,
             is_new_program=not returning,
+            priority=priority,
             context_blocks=context_blocks,
             since_s=now_s,
-            order=(program_arrival_s, self._sequence),
-            line=(now_s, self._sequence),
+            order=(priority, program_arrival_s, self._sequence),
+            line=(priority, now_s, self._sequence),
             asked_scan=self._scan,
         )
         self._waiting[request_id] = entry
@@ -157,7 +144,9 @@ class AdmissionController(Generic[Key]):
         if entry is None:
             return
         self._leave(entry)
-        self._started[request_id] = entry.program
+        self._started[request_id] = entry
+        self._priorities[entry.priority] += 1
+        self._least_urgent = None
         self._forecast.turn_starts(entry.program, entry.context_blocks, self._now_s)
         self._peak_blocks = None
         self._running_since_view += 1
@@ -184,10 +173,9 @@ class AdmissionController(Generic[Key]):
             now_s: The time.
         """
         self._now_s = max(self._now_s, now_s)
-        program = self._started.get(request_id)
+        program = self._ends(request_id)
         if program is not None:
             self._forecast.turn_ends(program, context_blocks, now_s, goes_on=goes_on, gap_s=gap_s)
-            del self._started[request_id]
             self._pauses(program)
         else:
             self.on_aborted(request_id)
@@ -202,7 +190,7 @@ class AdmissionController(Generic[Key]):
                 self._forecast.turn_vanishes(entry.program, self._now_s, started=False)
                 self._peak_blocks = None
             return
-        program = self._started.pop(request_id, None)
+        program = self._ends(request_id)
         if program is not None:
             self._forecast.turn_vanishes(program, self._now_s, started=True)
             self._pauses(program)
@@ -265,6 +253,16 @@ class AdmissionController(Generic[Key]):
             self._push(entry)
         return decision
 
+    def _ends(self, request_id: str) -> Key | None:
+        entry = self._started.pop(request_id, None)
+        if entry is None:
+            return None
+        self._priorities[entry.priority] -= 1
+        if not self._priorities[entry.priority]:
+            del self._priorities[entry.priority]
+        self._least_urgent = None
+        return entry.program
+
     def _pauses(self, program: Key) -> None:
         self._running_since_view -= 1
         # Here too: in shadow mode and off, nobody asks who may start.
@@ -281,7 +279,7 @@ class AdmissionController(Generic[Key]):
     def _longest_patience_s(self) -> float:
         return self.config.aging_s or float("inf")
 
-    def _judge(self, entry: _Waiting[Key], needed_blocks: int, now_s: float) -> AdmissionDecision:
+    def _judge(self, entry: Waiting[Key], needed_blocks: int, now_s: float) -> AdmissionDecision:
         deferred = entry.deferred_since_s
         if deferred is not None and now_s - deferred >= self.config.max_defer_s:
             return AdmissionDecision(admit=True, reason="deferred_long_enough")
@@ -297,7 +295,7 @@ class AdmissionController(Generic[Key]):
             return self._judge_new_program(entry, needed_blocks)
         return AdmissionDecision(admit=True, reason="first_in_order")
 
-    def _judge_new_program(self, entry: _Waiting[Key], needed_blocks: int) -> AdmissionDecision:
+    def _judge_new_program(self, entry: Waiting[Key], needed_blocks: int) -> AdmissionDecision:
         if not self._fits(entry, needed_blocks):
             return AdmissionDecision(admit=False, reason="working_set_full")
         if needed_blocks > self._view.free_blocks + self._view.pinned_blocks:
@@ -305,7 +303,7 @@ class AdmissionController(Generic[Key]):
             return AdmissionDecision(admit=False, reason="no_free_blocks")
         return AdmissionDecision(admit=True, reason="first_in_order")
 
-    def _is_held_back(self, entry: _Waiting[Key], now_s: float, *, idle: bool) -> bool:
+    def _is_held_back(self, entry: Waiting[Key], now_s: float, *, idle: bool) -> bool:
         """Whether a request that comes first in order is itself able to start."""
         lines = (self._first(line, now_s, idle=idle) for line in _LINES)
         aged = [one for one in lines if one is not None and self._is_aged(one, now_s)]
@@ -324,7 +322,7 @@ class AdmissionController(Generic[Key]):
                 return True
         return False
 
-    def _first(self, heap: int, now_s: float, *, idle: bool) -> _Waiting[Key] | None:
+    def _first(self, heap: int, now_s: float, *, idle: bool) -> Waiting[Key] | None:
         """Return the first request that may hold others back, parking those that may not."""
         items = self._heaps[heap]
         while items:
@@ -335,7 +333,7 @@ class AdmissionController(Generic[Key]):
             entry.in_heaps.discard(heap)
         return None
 
-    def _competes(self, entry: _Waiting[Key], now_s: float, *, idle: bool) -> bool:
+    def _competes(self, entry: Waiting[Key], now_s: float, *, idle: bool) -> bool:
         if self._is_blocked(entry, now_s):
             return False
         if idle:
@@ -343,7 +341,7 @@ class AdmissionController(Generic[Key]):
             return entry.asked and entry.asked_scan >= self._scan - 1
         return entry.asked_scan >= self._scan - self.config.stale_scans
 
-    def _fits(self, entry: _Waiting[Key], needed_blocks: int = 0) -> bool:
+    def _fits(self, entry: Waiting[Key], needed_blocks: int = 0) -> bool:
         share = 1.0 - self.config.headroom_fraction
         room_blocks = int(self._view.total_blocks * share)
         all_blocks = room_blocks + int(self._view.tier_blocks * share)
@@ -362,24 +360,27 @@ class AdmissionController(Generic[Key]):
             )
         return self._peak_blocks[1]
 
-    def _is_aged(self, entry: _Waiting[Key], now_s: float) -> bool:
+    def _is_aged(self, entry: Waiting[Key], now_s: float) -> bool:
         """Whether the request has waited for so long that waiting alone decides."""
         patience_s = self._longest_patience_s() if entry.is_new_program else self.patience_s
         return now_s - entry.since_s >= patience_s
 
-    def _is_gated(self, entry: _Waiting[Key], now_s: float) -> bool:
-        """Whether the working set decides about this request: a new program that is not aged."""
-        return (
-            self.config.mode == "working_set"
-            and entry.is_new_program
-            and not self._is_aged(entry, now_s)
-        )
+    def _is_gated(self, entry: Waiting[Key], now_s: float) -> bool:
+        """Whether the working set decides about this request: a new program that is not aged.
 
-    def _is_blocked(self, entry: _Waiting[Key], now_s: float) -> bool:
+        Nor more urgent than something that runs: what that takes is not to keep this one waiting.
+        """
+        if self.config.mode != "working_set" or not entry.is_new_program:
+            return False
+        if self._least_urgent is None:
+            self._least_urgent = max(self._priorities, default=entry.priority)
+        return entry.priority >= self._least_urgent and not self._is_aged(entry, now_s)
+
+    def _is_blocked(self, entry: Waiting[Key], now_s: float) -> bool:
         admitted = entry.admitted_since_s
         return admitted is not None and now_s - admitted >= self.config.blocked_after_s
 
-    def _push(self, entry: _Waiting[Key]) -> None:
+    def _push(self, entry: Waiting[Key]) -> None:
         heaps = (_NEW, _NEW_LINE) if entry.is_new_program else (_RETURNING, _RETURNING_LINE)
         for heap in heaps:
             if heap not in entry.in_heaps:
@@ -387,7 +388,7 @@ class AdmissionController(Generic[Key]):
                 key = entry.line if heap in _LINES else entry.order
                 heapq.heappush(self._heaps[heap], (key, entry))
 
-    def _leave(self, entry: _Waiting[Key]) -> None:
+    def _leave(self, entry: Waiting[Key]) -> None:
         """Take a request out of its heaps: lazily, but they stay in proportion."""
         entry.gone = True
         if entry.is_new_program:

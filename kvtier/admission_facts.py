@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
 
 Mode = Literal["off", "program_fcfs", "working_set"]
 Reason = Literal[
@@ -82,6 +85,42 @@ class AdmissionView:
     pinned_blocks: int = 0
     tier_blocks: int = 0
     round_s: float = 0.0
+
+
+# eq=False: compared by identity; heaps compare keys, which end in a sequence number.
+@dataclass(slots=True, eq=False)
+class Waiting(Generic[Key]):
+    """A request that waits, as admission sees it.
+
+    Attributes:
+        program: Its program.
+        is_new_program: The program has not run a turn before.
+        priority: vLLM's; less is more urgent.
+        context_blocks: Blocks that its context is expected to take.
+        since_s: When it came.
+        order: Its place by the arrival of its program: priority, time, sequence number.
+        line: Its place by waiting time, likewise.
+        asked_scan: The pass over the queue in which the engine last asked for it.
+        asked: Whether it ever did.
+        in_heaps: Which heaps it is in.
+        gone: It waits no more.
+        deferred_since_s: When it was first deferred.
+        admitted_since_s: When it was first admitted.
+    """
+
+    program: Key
+    is_new_program: bool
+    priority: int
+    context_blocks: int
+    since_s: float
+    order: tuple[int, float, int]
+    line: tuple[int, float, int]
+    asked_scan: int
+    asked: bool = False
+    in_heaps: set[int] = field(default_factory=set)
+    gone: bool = False
+    deferred_since_s: float | None = None
+    admitted_since_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

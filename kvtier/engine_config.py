@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtier import __version__
+from kvtier.checkpoints import fingerprint, hub_commit
 from kvtier.turns.engine_facts import EngineFacts
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ CPU_CHUNK_TOKENS = 64
 GPU_CHUNK_TOKENS = 256
 SUPPORTED_SPECS = {"FullAttentionSpec", "MLAAttentionSpec", "UniformTypeKVCacheSpecs"}
 """vLLM's kinds of KV cache that keep every token. A group of the last kind holds one kind of layer."""
+WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json")
 
 
 class Unsupported(Exception):  # noqa: N818 - a state, not a failure
@@ -35,6 +37,14 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
             "prefix caching is off, so no KV can be reused: start vLLM with --enable-prefix-caching"
         )
         raise Unsupported(message)
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        ranks = int(getattr(vllm_config.parallel_config, name, 1))
+        if ranks > 1:
+            message = (
+                f"--{name.replace('_', '-')} is {ranks}; accepted: 1. With more, each rank's block holds "
+                "every so manieth token, which kvtier does not know to copy"
+            )
+            raise Unsupported(message)
     groups = getattr(kv_cache_config, "kv_cache_groups", ())
     if len(groups) > 1:
         message = (
@@ -149,20 +159,6 @@ def _weights_fingerprint(model: str, revision: str | None) -> str:
 
     A changed checkpoint under the same name must not read the KV of the old one.
     """
-    path = Path(model)
-    if not path.is_dir():
-        return _snapshot(model, revision)
-    files = sorted((*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("config.json")))
-    facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return hashlib.sha256(f"{facts}{__version__}".encode()).hexdigest()[:16]
-
-
-def _snapshot(model: str, revision: str | None) -> str:
-    """The commit of a hub model in the local cache, where vLLM has just loaded it from."""
-    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - only for hub models
-
-    try:
-        config = try_to_load_from_cache(model, "config.json", revision=revision)
-    except ValueError:
-        return ""
-    return Path(config).parent.name if isinstance(config, str) else ""
+    if not Path(model).is_dir():
+        return hub_commit(model, "config.json", revision)
+    return f"{fingerprint(model, WEIGHT_FILES)}.{__version__}"

@@ -54,8 +54,11 @@ class ProgramOrderMixin:
 
     def add_request(self, request: Request) -> None:
         """Queue a request under its program's arrival time."""
-        # A known id is the next piece of a streaming input: it has its place already.
-        if request.request_id not in self.requests and self._orders_requests():
+        session = self.requests.get(request.request_id)
+        if session is not None:
+            # The next piece of a streaming input: it keeps its place, which vLLM would take from the piece.
+            request.arrival_time = session.arrival_time
+        elif self._orders_requests():
             request.arrival_time = rank_s(
                 self._program_arrival_s(request), request.arrival_time, self._aging_s
             )

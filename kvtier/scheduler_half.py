@@ -61,6 +61,7 @@ class SchedulerHalf(SchedulerParts):
             request.request_id,
             turn.program,
             program_arrival_s=start.arrival_s,
+            priority=int(getattr(request, "priority", 0)),
             returning=start.turn_index > 0,
             context_blocks=self.facts.blocks_of(
                 max(request.num_tokens, start.expected_context_tokens)
@@ -293,7 +294,8 @@ class SchedulerHalf(SchedulerParts):
             or self.prefetcher.busy()
             # An answer that nobody waits for any more has locked chunks all the same.
             or self.reader.n_questions > 0
-            or self._measure_due
+            # Behind the last turn: a paused engine steps until it has no work, and keeps its turns.
+            or (self._measure_due and not self._turns)
             or (self._link is not None and self._link.busy())
         )
 

@@ -9,7 +9,7 @@ from kvtier.chunk_keys import chain_seed
 from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.identity.request_params import parse_transfer_params
 from kvtier.programs import ObservedGap, TurnRequest
-from kvtier.turns.request_view import adapter_name, is_tierable
+from kvtier.turns.adapters import Adapters
 from kvtier.turns.turn import Turn
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Arrivals:
         self._policy = policy
         self._stats = stats
         self._complaints: set[tuple[str, str]] = set()
+        self._adapters = Adapters()
 
     def take(self, request: Any, now_s: float, waiting_tokens: int) -> tuple[Turn, TurnStart]:
         """The request's turn, and what the program table says to it.
@@ -57,12 +58,13 @@ class Arrivals:
         program = self._facts.program_handle(start.program)
         if start.gap is not None:
             self._observe_gap(start.gap, program)
+        adapter, is_known = self._adapters.name_of(request)
         turn = Turn(
             request=request,
             program=program,
             hints=hints,
-            seed=chain_seed(adapter=adapter_name(request), tenant=request.cache_salt),
-            tierable=is_tierable(request),
+            seed=chain_seed(adapter=adapter, tenant=request.cache_salt),
+            known_adapter=is_known,
             arrived_s=now_s,
             predicted_wait_s=self._policy.queue_delay_s(waiting_tokens),
         )

@@ -11,9 +11,16 @@ PREFILL_SHARE = 0.9
 
 
 def step_facts(output: Any) -> StepFacts:
-    """What a scheduled step computes, and whether it tells how long a prefill takes."""
+    """What a scheduled step computes, and whether it tells how long a prefill takes.
+
+    Draft tokens of speculative decoding do not count: with them, a step that decodes is one still.
+    """
     total = int(output.total_num_scheduled_tokens)
     scheduled: dict[str, int] = output.num_scheduled_tokens
+    drafts = getattr(output, "scheduled_spec_decode_tokens", None)
+    if drafts:
+        scheduled = {name: n - len(drafts.get(name, ())) for name, n in scheduled.items()}
+        total = sum(scheduled.values())
     facts = StepFacts(
         scheduled_tokens=total,
         running_requests=len(scheduled),

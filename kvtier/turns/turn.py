@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvtier.turns.request_view import is_tierable
+
 if TYPE_CHECKING:
     from kvtier.chunk_keys import ChunkChain
     from kvtier.identity.request_params import RequestHints
@@ -19,7 +21,7 @@ class Turn:
         program: Key of its program.
         hints: What the client asked for.
         seed: Start of its chunk chain: adapter and tenant.
-        tierable: Whether its KV may go through the CPU tier.
+        known_adapter: Whether it is known with which weights its KV is computed.
         arrived_s: Monotonic time of arrival.
         predicted_wait_s: Queue delay predicted at arrival, to correct the prediction later.
         chain: Chunk keys of its prompt, once they were needed.
@@ -38,7 +40,7 @@ class Turn:
     program: str
     hints: RequestHints
     seed: bytes
-    tierable: bool
+    known_adapter: bool
     arrived_s: float
     predicted_wait_s: float
     chain: ChunkChain | None = None
@@ -51,6 +53,11 @@ class Turn:
     uncounted_load_tokens: int = 0
     bypass_tier: bool = False
     copy: str | None = None
+
+    @property
+    def tierable(self) -> bool:
+        """Whether its KV may go through the CPU tier. A streaming session may be sent an image in its middle."""
+        return self.known_adapter and is_tierable(self.request)
 
     @property
     def request_id(self) -> str:

@@ -113,6 +113,7 @@ def _serve(modules: str, config: dict[str, Any], requests: IO[str], answers: IO[
         config.get("extra"),
         n_blocks=config.get("n_blocks", 140),
         dtype=config.get("dtype", "float32"),
+        options=config.get("options"),
     )
     for line in requests:
         request = json.loads(line)

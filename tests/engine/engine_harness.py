@@ -101,6 +101,7 @@ class Engine:
         extra: kvtier's settings; None for plain vLLM.
         n_blocks: GPU blocks.
         dtype: Of weights and KV.
+        options: More arguments of vLLM's `LLM`.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Engine:
         *,
         n_blocks: int = 140,
         dtype: str = "float32",
+        options: dict[str, Any] | None = None,
     ) -> None:
         from vllm import LLM  # noqa: PLC0415
         from vllm.config import KVTransferConfig  # noqa: PLC0415
@@ -122,21 +124,21 @@ class Engine:
                 kv_role="kv_both",
                 kv_connector_extra_config={f"kvtier.{k}": v for k, v in extra.items()},
             )
-        self.llm = LLM(
-            str(model),
-            dtype=dtype,
-            enforce_eager=True,
-            skip_tokenizer_init=True,
-            max_model_len=MAX_MODEL_TOKENS,
-            block_size=BLOCK_TOKENS,
+        arguments: dict[str, Any] = {
+            "dtype": dtype,
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+            "max_model_len": MAX_MODEL_TOKENS,
+            "block_size": BLOCK_TOKENS,
             # Plain vLLM computes every prompt from nothing: it is the truth that kvtier is held to.
-            enable_prefix_caching=extra is not None,
-            max_num_batched_tokens=BATCH_TOKENS,
-            num_gpu_blocks_override=n_blocks,
-            max_num_seqs=8,
-            disable_hybrid_kv_cache_manager=False,
-            kv_transfer_config=transfer,
-        )
+            "enable_prefix_caching": extra is not None,
+            "max_num_batched_tokens": BATCH_TOKENS,
+            "num_gpu_blocks_override": n_blocks,
+            "max_num_seqs": 8,
+            "disable_hybrid_kv_cache_manager": False,
+            "kv_transfer_config": transfer,
+        }
+        self.llm = LLM(str(model), **arguments | (options or {}))
         self.core = self.llm.llm_engine
         self.scheduler = self.core.engine_core.engine_core.scheduler
         self.block_pool = self.scheduler.kv_cache_manager.block_pool

@@ -187,6 +187,8 @@ class FakeRequest:
     kv_transfer_params: Any = None
     lora_request: Any = None
     mm_features: Any = None
+    prompt_embeds: Any = None
+    priority: int = 0
     skip_reading_prefix_cache: bool = False
     stop: tuple[str, ...] = ()
     num_computed_tokens: int = 0

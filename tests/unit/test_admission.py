@@ -37,6 +37,7 @@ def arrive(
     now_s: float = 100.0,
     blocks: int = 10,
     returning: bool = True,
+    priority: int = 0,
 ) -> None:
     admission.on_arrival(
         request_id,
@@ -45,6 +46,7 @@ def arrive(
         returning=returning,
         context_blocks=blocks,
         now_s=now_s,
+        priority=priority,
     )
 
 
@@ -106,6 +108,38 @@ def test_who_has_waited_for_the_patience_comes_before_older_programs() -> None:
     assert reason(admission, "second", 162.0) == "first_in_order"
     admission.on_started("second")
     assert reason(admission, "old", 162.0) == "first_in_order"
+
+
+def test_the_more_urgent_comes_first_whatever_waits_longer() -> None:
+    """The order of vLLM's queue under its priority policy: less is more urgent."""
+    admission = controller(replace(FCFS, aging_s=60.0))
+    arrive(admission, "batch", "A", 0.0, now_s=0.0, priority=5)
+    arrive(admission, "urgent", "B", 100.0, now_s=100.0, priority=-1)
+    arrive(admission, "usual", "C", 50.0, now_s=0.0)
+    assert reason(admission, "urgent", 101.0) == "first_in_order"
+    admission.on_started("urgent")
+    assert reason(admission, "batch", 101.0) == "older_waiting"
+    assert reason(admission, "usual", 101.0) == "first_in_order"
+    admission.on_started("usual")
+    assert reason(admission, "batch", 101.0) == "first_in_order"
+
+
+def test_what_runs_less_urgently_does_not_keep_a_new_program_waiting() -> None:
+    config = AdmissionConfig(mode="working_set")
+    admission = controller(config)
+    arrive(admission, "batch", "A", 0.0, blocks=90, priority=5)
+    admission.on_started("batch")
+    arrive(admission, "more batch", "B", 1.0, blocks=90, returning=False, priority=5)
+    assert reason(admission, "more batch") == "working_set_full"
+    arrive(admission, "urgent", "C", 2.0, blocks=90, returning=False)
+    assert reason(admission, "urgent") == "first_in_order"
+    end(admission, "batch")
+    arrive(admission, "other", "D", 3.0, blocks=90, priority=0)
+    admission.on_started("other")
+    arrive(admission, "as urgent", "E", 4.0, blocks=90, returning=False)
+    assert reason(admission, "as urgent") == "older_waiting"
+    admission.on_started("urgent")
+    assert reason(admission, "as urgent") == "working_set_full"
 
 
 def test_long_running_programs_keep_their_order() -> None:

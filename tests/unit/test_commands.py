@@ -453,6 +453,16 @@ def test_the_link_is_measured_anew_when_the_engine_is_idle(rig: Rig) -> None:
     assert running_while_measured == [0]
 
 
+def test_a_measurement_that_is_due_does_not_keep_a_paused_engine_stepping(rig: Rig) -> None:
+    """vLLM's pause waits until there is nothing to do, and keeps the turns: they would never end."""
+    rig.engine.add(turn("r1", prompt(30)))
+    rig.engine.step()
+    rig.do(messages.CalibrateCommand)
+    assert not rig.engine.half.has_work()
+    rig.engine.run()
+    assert not rig.engine.half.has_work()
+
+
 def test_a_tool_announced_to_take_long_has_the_kv_staged_before_it_is_given_up(rig: Rig) -> None:
     agent_turn(rig, hints={"stage": False})
     evictable = rig.engine.pool.get_num_free_blocks()

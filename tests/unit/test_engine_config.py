@@ -53,7 +53,11 @@ def vllm_config(model: str = "hub/model", **changes: Any) -> Any:
             get_total_num_hidden_layers=lambda: 2,
         ),
         parallel_config=SimpleNamespace(
-            tensor_parallel_size=options["tp"], pipeline_parallel_size=1, world_size=options["tp"]
+            tensor_parallel_size=options["tp"],
+            pipeline_parallel_size=1,
+            world_size=options["tp"],
+            decode_context_parallel_size=options.get("dcp", 1),
+            prefill_context_parallel_size=options.get("pcp", 1),
         ),
         device_config=SimpleNamespace(device_type="cuda"),
         kv_transfer_config=SimpleNamespace(engine_id="e"),
@@ -77,6 +81,8 @@ def test_full_attention_is_supported() -> None:
     ("config", "cache", "said"),
     [
         (vllm_config(caching=False), kv_cache(FULL), "--enable-prefix-caching"),
+        (vllm_config(dcp=2), kv_cache(FULL), "--decode-context-parallel-size is 2; accepted: 1"),
+        (vllm_config(pcp=4), kv_cache(FULL), "--prefill-context-parallel-size is 4; accepted: 1"),
         (vllm_config(), kv_cache(FULL, FULL), "--disable-hybrid-kv-cache-manager"),
         (vllm_config(), kv_cache(SlidingWindowSpec(page_size_bytes=512)), "SlidingWindowSpec"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -147,16 +148,20 @@ def test_a_prompt_that_is_all_cached_still_computes_a_token(engine: MiniEngine) 
 
 
 @pytest.mark.parametrize("what", ["tenant", "adapter"])
-def test_tenants_and_adapters_read_only_their_own(engine: MiniEngine, what: str) -> None:
+def test_tenants_and_adapters_read_only_their_own(
+    engine: MiniEngine, what: str, tmp_path: Path
+) -> None:
     """`MiniEngine` fails when a block holds what another tenant or adapter has computed."""
 
-    class Lora:
-        def __init__(self, name: str) -> None:
-            self.lora_name = self.lora_path = name
+    def lora(name: str, number: int) -> Any:
+        path = tmp_path / name
+        path.mkdir()
+        (path / "adapter_config.json").write_text("{}")
+        return SimpleNamespace(lora_name=name, lora_path=str(path), lora_int_id=number)
 
     fields: list[dict[str, Any]] = [{"cache_salt": "a"}, {"cache_salt": "b"}]
     if what == "adapter":
-        fields = [{"lora_request": Lora("a")}, {"lora_request": Lora("b")}, {}]
+        fields = [{"lora_request": lora("a", 1)}, {"lora_request": lora("b", 2)}, {}]
     for i, who in enumerate(fields):
         engine.run(turn(f"r{i}", prompt(30), session=f"s{i}", **who))
         expire(engine)
@@ -166,16 +171,18 @@ def test_tenants_and_adapters_read_only_their_own(engine: MiniEngine, what: str)
     assert sources(engine) == {"recomputed": 6, "cpu": 24}
 
 
+@pytest.mark.parametrize("what", ["mm_features", "prompt_embeds"])
 def test_what_token_ids_do_not_determine_stays_out_of_the_tier(
-    engine: MiniEngine, tier: VirtualTier
+    engine: MiniEngine, tier: VirtualTier, what: str
 ) -> None:
-    first = turn("r1", prompt(30), mm_features=["an image"])
+    """Prompt embeddings may come with token ids, which stand for the other positions only."""
+    first = turn("r1", prompt(30), **{what: ["an image"]})
     engine.run(first)
     assert engine.told["r1"]["pinned_blocks"] == 8
     assert tier.table.counts()["chunks"] == 0
     expire(engine)
     evict(engine)
-    engine.run(follow_up(first, "r2", mm_features=["an image"]))
+    engine.run(follow_up(first, "r2", **{what: ["an image"]}))
     assert sources(engine) == {"recomputed": 30 + 44}
 
 
