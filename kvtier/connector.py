@@ -104,7 +104,9 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
             engine_config.check_supported(vllm_config, kv_cache_config)
         except engine_config.Unsupported as reason:
             if self.settings.tier == "require":
-                raise RuntimeError(f"kvtier.tier is require, but there is no CPU tier: {reason}") from None
+                raise RuntimeError(
+                    f"kvtier.tier is require, but there is no CPU tier: {reason}"
+                ) from None
             logger.warning("kvtier is passive in this engine: %s", reason)
             return
         if role == KVConnectorRole.SCHEDULER:

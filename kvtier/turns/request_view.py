@@ -17,17 +17,14 @@ STOP_TAIL_TOKENS = 64
 """A stop string ends within the last tokens; what is longer counts as an abort."""
 
 
-def adapter_name(request: Any) -> str | None:
-    """The LoRA adapter whose KV the request computes."""
-    lora = getattr(request, "lora_request", None)
-    if lora is None:
-        return None
-    return f"{lora.lora_name}:{getattr(lora, 'lora_path', '')}"
-
-
 def is_tierable(request: Any) -> bool:
-    """Whether token ids alone determine the KV: not for images, audio or prompt embeddings."""
-    return not getattr(request, "mm_features", None) and request.prompt_token_ids is not None
+    """Whether token ids alone determine the KV: not for images, audio or prompt embeddings.
+
+    A prompt may have both: ids, and embeddings for some of its positions.
+    """
+    embeddings = getattr(request, "prompt_embeds", None)
+    images = getattr(request, "mm_features", None)
+    return not images and embeddings is None and request.prompt_token_ids is not None
 
 
 def is_wake(request: Any) -> bool:
