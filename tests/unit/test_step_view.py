@@ -16,7 +16,9 @@ def scheduled(tokens: dict[str, int], drafts: dict[str, list[int]] | None = None
         scheduled_spec_decode_tokens=drafts or {},
         preempted_req_ids=None,
         scheduled_new_reqs=[],
-        scheduled_cached_reqs=SimpleNamespace(req_ids=names, num_computed_tokens=[500] * len(names)),
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=names, num_computed_tokens=[500] * len(names)
+        ),
     )
 
 
