@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from pathlib import Path
@@ -12,9 +13,13 @@ import psutil
 import pytest
 
 from tests.engine.engine_child import EngineChild, processes_with
+from tests.engine.scenario_runner import Runners, scenario_asks
+from tests.engine.vllm_versions import SUPPORTED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from tests.engine.scenario_runner import Ask, Runner
 
 SHM = Path("/dev/shm")
 END_TIMEOUT_S = 60.0
@@ -22,14 +27,44 @@ GRACE_S = 3.0
 """How long servers of these tests outlive their last engine."""
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests marked `long` out of the usual run."""
+    if os.environ.get("TEST_LONG"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("long")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with the tiny model."""
-    from tests.engine.engine_harness import write_model  # noqa: PLC0415
+    from tests.engine.tiny_model import write_model  # noqa: PLC0415
 
     path = tmp_path_factory.mktemp("model")
     write_model(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def runners() -> Iterator[Runners]:
+    """Return the processes with vLLM's schedulers, which all test modules share."""
+    made = Runners()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module", params=SUPPORTED)
+def runner(runners: Runners, request: pytest.FixtureRequest) -> Runner:
+    """Return the process with one vLLM release."""
+    return runners.of(request.param)
+
+
+@pytest.fixture(params=["sync", "async"])
+def ask(runner: Runner, request: pytest.FixtureRequest) -> Ask:
+    """Return what runs a scenario in one release and mode."""
+    return scenario_asks(runner, request.param)
 
 
 LOGPROB_TOLERANCE = 1e-3

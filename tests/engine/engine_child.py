@@ -26,7 +26,7 @@ class EngineChild:
 
     Args:
         modules: Names of the scenario modules, joined by commas.
-        config: Arguments of `engine_harness.Engine`.
+        config: Arguments of `engine_harness.Engine`; with `replicas`, of `replicas.Replicas`.
         run_dir: kvtier's run directory: whose LMCache server is used.
         log: File for the process's output.
     """
@@ -108,13 +108,7 @@ def _serve(modules: str, config: dict[str, Any], requests: IO[str], answers: IO[
     scenarios: dict[str, Any] = {}
     for module in modules.split(","):
         scenarios.update(vars(importlib.import_module(f"tests.engine.{module}")))
-    engine = engine_harness.Engine(
-        Path(config["model"]),
-        config.get("extra"),
-        n_blocks=config.get("n_blocks", 140),
-        dtype=config.get("dtype", "float32"),
-        options=config.get("options"),
-    )
+    engine = _engine(config)
     for line in requests:
         request = json.loads(line)
         engine.records = []
@@ -127,7 +121,24 @@ def _serve(modules: str, config: dict[str, Any], requests: IO[str], answers: IO[
             error = traceback.format_exc()
         answer = {"value": value, "records": engine.records, "error": error}
         print(json.dumps(answer), file=answers, flush=True)
-    engine.core.engine_core.shutdown()
+    engine.close()
+
+
+def _engine(config: dict[str, Any]) -> Any:
+    from tests.engine.engine_harness import Engine  # noqa: PLC0415
+
+    model, extra = Path(config["model"]), config.get("extra")
+    if config.get("replicas"):
+        from tests.engine.replicas import Replicas  # noqa: PLC0415
+
+        return Replicas(model, extra, config["replicas"])
+    return Engine(
+        model,
+        extra,
+        n_blocks=config.get("n_blocks", 140),
+        dtype=config.get("dtype", "float32"),
+        options=config.get("options"),
+    )
 
 
 def main() -> None:

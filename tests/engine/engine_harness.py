@@ -1,8 +1,4 @@
-"""A real vLLM engine on CPU in this process, with or without kvtier, and what tests look at in it.
-
-The model is a tiny Llama with random weights, drawn wide enough that its outputs are diverse: a wrong or
-stale KV block changes the tokens.
-"""
+"""A real vLLM engine on CPU in this process, with or without kvtier, and what tests look at in it."""
 
 from __future__ import annotations
 
@@ -17,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tests.engine.tier_probe import WAIT_S, await_clean
+from tests.engine.tiny_model import VOCABULARY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +23,6 @@ BLOCK_TOKENS = 32
 CHUNK_TOKENS = 64
 BATCH_TOKENS = 512
 MAX_MODEL_TOKENS = 2048
-VOCABULARY = 2048
 
 
 def prepare_process() -> None:
@@ -43,28 +39,34 @@ def prepare_process() -> None:
     logging.basicConfig(level=logging.INFO)
 
 
-def write_model(path: Path) -> None:
-    """Write a random Llama of 4 layers as safetensors."""
-    import torch  # noqa: PLC0415
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+def engine_arguments(
+    extra: dict[str, Any] | None, *, dtype: str = "float32", n_blocks: int = 140
+) -> dict[str, Any]:
+    """vLLM's arguments of an engine with these settings of kvtier; None for plain vLLM."""
+    from vllm.config import KVTransferConfig  # noqa: PLC0415
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=8192,
-        dtype="float32",
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-        initializer_range=0.12,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    transfer = None
+    if extra is not None:
+        transfer = KVTransferConfig(
+            kv_connector="KVTierConnector",
+            kv_connector_module_path="kvtier.connector",
+            kv_role="kv_both",
+            kv_connector_extra_config={f"kvtier.{k}": v for k, v in extra.items()},
+        )
+    return {
+        "dtype": dtype,
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "max_model_len": MAX_MODEL_TOKENS,
+        "block_size": BLOCK_TOKENS,
+        # Plain vLLM computes every prompt from nothing: it is the truth that kvtier is held to.
+        "enable_prefix_caching": extra is not None,
+        "max_num_batched_tokens": BATCH_TOKENS,
+        "num_gpu_blocks_override": n_blocks,
+        "max_num_seqs": 8,
+        "disable_hybrid_kv_cache_manager": False,
+        "kv_transfer_config": transfer,
+    }
 
 
 def tokens(seed: str, n: int) -> list[int]:
@@ -114,30 +116,8 @@ class Engine:
         options: dict[str, Any] | None = None,
     ) -> None:
         from vllm import LLM  # noqa: PLC0415
-        from vllm.config import KVTransferConfig  # noqa: PLC0415
 
-        transfer = None
-        if extra is not None:
-            transfer = KVTransferConfig(
-                kv_connector="KVTierConnector",
-                kv_connector_module_path="kvtier.connector",
-                kv_role="kv_both",
-                kv_connector_extra_config={f"kvtier.{k}": v for k, v in extra.items()},
-            )
-        arguments: dict[str, Any] = {
-            "dtype": dtype,
-            "enforce_eager": True,
-            "skip_tokenizer_init": True,
-            "max_model_len": MAX_MODEL_TOKENS,
-            "block_size": BLOCK_TOKENS,
-            # Plain vLLM computes every prompt from nothing: it is the truth that kvtier is held to.
-            "enable_prefix_caching": extra is not None,
-            "max_num_batched_tokens": BATCH_TOKENS,
-            "num_gpu_blocks_override": n_blocks,
-            "max_num_seqs": 8,
-            "disable_hybrid_kv_cache_manager": False,
-            "kv_transfer_config": transfer,
-        }
+        arguments = engine_arguments(extra, dtype=dtype, n_blocks=n_blocks)
         self.llm = LLM(str(model), **arguments | (options or {}))
         self.core = self.llm.llm_engine
         self.scheduler = self.core.engine_core.engine_core.scheduler
@@ -146,6 +126,7 @@ class Engine:
         self.records: list[dict[str, Any]] = []
         self.outputs: dict[str, Any] = {}
         self._prompts: dict[str, list[int]] = {}
+        self._unlike_plain: set[str] = set()
         self._n_requests = 0
         if extra is not None:
             self.connector = self.scheduler.connector
@@ -164,6 +145,10 @@ class Engine:
         self.half.policy.prefill = PrefillEstimator(slow)
         self.half.policy.prefill.observe = lambda *_: None
 
+    def close(self) -> None:
+        """End the engine in good order."""
+        self.core.engine_core.shutdown()
+
     # -- requests ----------------------------------------------------------------------------------
 
     def start(
@@ -174,9 +159,22 @@ class Engine:
         program: str | None = None,
         salt: str | None = None,
         params: Any = None,
+        sampling: dict[str, Any] | None = None,
+        lora: Any = None,
         **hints: Any,
     ) -> str:
-        """Add a request; returns its id. `params` replaces the whole of kv_transfer_params."""
+        """Add a request; returns its id.
+
+        Args:
+            prompt: Token ids.
+            n_tokens: Output tokens; it samples exactly as many.
+            program: Hint of the program's name.
+            salt: Its tenant.
+            params: Replaces the whole of kv_transfer_params.
+            sampling: More of vLLM's `SamplingParams`. Not compared with plain vLLM if they change tokens.
+            lora: vLLM's `LoRARequest`; likewise.
+            hints: More hints to kvtier.
+        """
         from vllm import SamplingParams  # noqa: PLC0415
 
         if params is None and (program is not None or hints):
@@ -184,18 +182,21 @@ class Engine:
         self._n_requests += 1
         request_id = f"r{self._n_requests}"
         self._prompts[request_id] = prompt
-        sampling = SamplingParams(
-            temperature=0,
-            max_tokens=n_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            logprobs=0,
-            extra_args=None if params is None else {"kv_transfer_params": params},
-        )
+        chosen: dict[str, Any] = {
+            "temperature": 0,
+            "max_tokens": n_tokens,
+            "ignore_eos": True,
+            "detokenize": False,
+            "logprobs": 0,
+            "extra_args": None if params is None else {"kv_transfer_params": params},
+        }
         inputs: dict[str, Any] = {"prompt_token_ids": prompt}
         if salt is not None:
             inputs["cache_salt"] = salt
-        self.core.add_request(request_id, inputs, sampling)
+        parameters = SamplingParams(**chosen | (sampling or {}))
+        if lora is not None or parameters.structured_outputs is not None:
+            self._unlike_plain.add(request_id)
+        self.core.add_request(request_id, inputs, parameters, lora_request=lora)
         return request_id
 
     def step(self) -> None:
@@ -215,12 +216,14 @@ class Engine:
         before = self.count("prompt_tokens|cpu")
         self.step_until(lambda: self.ended(request_id), f"end of {request_id}")
         output = self.outputs.pop(request_id)
-        produced = list(output.outputs[0].token_ids)
         prompt = self._prompts.pop(request_id)
-        logprobs = [
-            step[t].logprob for t, step in zip(produced, output.outputs[0].logprobs, strict=True)
-        ]
-        self.records.append({"prompt": prompt, "tokens": produced, "logprobs": logprobs})
+        for one in () if request_id in self._unlike_plain else output.outputs:
+            logprobs = [
+                step[t].logprob for t, step in zip(one.token_ids, one.logprobs, strict=True)
+            ]
+            record = {"prompt": prompt, "tokens": list(one.token_ids), "logprobs": logprobs}
+            self.records.append(record)
+        produced = list(output.outputs[0].token_ids)
         told = (output.kv_transfer_params or {}).get("kvtier", {})
         cpu = int(self.count("prompt_tokens|cpu") - before)
         return Turn(prompt, produced, output.num_cached_tokens or 0, cpu, told)

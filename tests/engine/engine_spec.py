@@ -52,6 +52,8 @@ class EngineSpec:
         max_context: Longest request, tokens.
         max_batch: Most running requests.
         batch_tokens: Most tokens of one step; None for vLLM's default.
+        caching: vLLM's prefix caching.
+        policy: vLLM's order of waiting requests, "fcfs" or "priority".
     """
 
     is_async: bool = False
@@ -62,6 +64,8 @@ class EngineSpec:
     max_context: int = 512
     max_batch: int = 8
     batch_tokens: int | None = None
+    policy: str = "fcfs"
+    caching: bool = True
 
 
 def engine_config(spec: EngineSpec) -> Any:
@@ -87,7 +91,8 @@ def engine_config(spec: EngineSpec) -> Any:
             dtype="float32",
             kv_transfer_config=transfer,
             block_size=32,
-            enable_prefix_caching=True,
+            scheduling_policy=spec.policy,
+            enable_prefix_caching=spec.caching,
             **more,
         ).create_engine_config()
     # What the platform "CPU" would refuse, but the scheduler does not mind.

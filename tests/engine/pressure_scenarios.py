@@ -14,9 +14,21 @@ import logging
 import sys
 import traceback
 
-from tests.engine import giving_up_scenarios, pin_scenarios, prefetch_scenarios, tier_scenarios
+from tests.engine import (
+    feature_scenarios,
+    giving_up_scenarios,
+    pin_scenarios,
+    prefetch_scenarios,
+    tier_scenarios,
+)
 
-ROOMS = (pin_scenarios, tier_scenarios, prefetch_scenarios, giving_up_scenarios)
+ROOMS = (
+    pin_scenarios,
+    tier_scenarios,
+    prefetch_scenarios,
+    giving_up_scenarios,
+    feature_scenarios,
+)
 SCENARIOS = {scenario.__name__: scenario for room in ROOMS for scenario in room.ALL}
 
 

@@ -1,7 +1,7 @@
 """Scenarios on the real schedulers of all supported vLLM releases: a child process for each.
 
-A child answers scenario after scenario, as importing vLLM costs seconds. Test modules give it to their
-tests by `scenario_runners` and `scenario_asks`.
+A child answers scenario after scenario, as importing vLLM costs seconds. Test modules have them from the
+fixtures `runner` and `ask`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ import selectors
 import subprocess
 import sys
 import tempfile
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, Any, Protocol
 
 import pytest
 
 from tests.engine.vllm_versions import REPO, SourcesMissingError, environment
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 Facts = dict[str, Any]
 
@@ -47,12 +44,17 @@ class Runner:
             text=True,
         )
 
+    @property
+    def has_died(self) -> bool:
+        """Whether the process has ended."""
+        return self._process.poll() is not None
+
     def ask(self, scenario: str, mode: str) -> Facts:
         """The scenario's facts; fails the test with what the process said if it does not answer."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        if process.poll() is not None:
+        if self.has_died:
             pytest.fail(f"vLLM {self.version}: the runner has died:\n{self._error_text()}")
         process.stdin.write(f"{scenario} {mode}\n")
         process.stdin.flush()
@@ -86,14 +88,26 @@ class Runner:
         return self._errors.read().decode(errors="replace")[-3000:]
 
 
-def scenario_runners(version: str) -> Iterator[Runner]:
-    """For a fixture of module scope: the child of a release; skips where its sources cannot be had."""
-    try:
-        made = Runner(version)
-    except SourcesMissingError as reason:
-        pytest.skip(str(reason))
-    yield made
-    made.close()
+class Runners:
+    """The children of a test session, one a release, each started when first asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Runner] = {}
+
+    def of(self, version: str) -> Runner:
+        """The child of a release; skips the test where its sources cannot be had."""
+        made = self._made.get(version)
+        if made is None or made.has_died:
+            try:
+                made = self._made[version] = Runner(version)
+            except SourcesMissingError as reason:
+                pytest.skip(str(reason))
+        return made
+
+    def close(self) -> None:
+        """End them all."""
+        for runner in self._made.values():
+            runner.close()
 
 
 def scenario_asks(runner: Runner, mode: str) -> Ask:

@@ -33,6 +33,13 @@ def come_back(engine: Engine, name: str, prompt: list[int], salt: str | None = N
     return engine.turn(prompt, program=name, salt=salt).cpu
 
 
+def go_on(engine: Engine, name: str, prompt: list[int]) -> int:
+    """As `come_back`; and what the turn has added is staged."""
+    loaded = come_back(engine, name, prompt)
+    engine.drain()
+    return loaded
+
+
 def lock_and_hang(engine: Engine, name: str, prompt: list[int]) -> int:
     """Begin a load that does not end: the server holds locks for this engine. Returns their number."""
     engine.evict()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import mmap
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tests.engine.engine_harness import BLOCK_TOKENS, CHUNK_TOKENS, readable, tokens
 
@@ -202,37 +201,6 @@ def tenants(engine: Engine) -> None:
         assert (other.cpu, other.cached) == (0, 0)
     engine.evict()
     assert engine.turn(prompt, program="tenant", salt="a").cpu == readable(711)
-
-
-def adapters(engine: Engine) -> None:
-    """Two LoRA adapters, at the level of keys: the model has none."""
-    engine.set_policy(reload="always")
-    half, adapter = engine.half, {"name": "one"}
-    on_new_request = half.on_new_request
-
-    def with_adapter(request: Any) -> None:
-        if adapter["name"]:
-            request.lora_request = SimpleNamespace(
-                lora_name=adapter["name"], lora_path=f"/adapters/{adapter['name']}"
-            )
-        try:
-            on_new_request(request)
-        finally:
-            request.lora_request = None
-
-    half.on_new_request = with_adapter
-    try:
-        first = engine.staged_turn("lora")
-        prompt = first.then(tokens("lora2", 50))
-        for name in ("two", ""):
-            engine.evict()
-            adapter["name"] = name
-            assert engine.turn(prompt, program="lora", stage=False).cpu == 0
-        engine.evict()
-        adapter["name"] = "one"
-        assert engine.turn(prompt, program="lora").cpu == readable(711)
-    finally:
-        half.on_new_request = on_new_request
 
 
 def pressure_of_many(engine: Engine) -> None:

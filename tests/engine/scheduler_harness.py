@@ -128,6 +128,7 @@ class Engine:
         salt: str | None = None,
         adapter: LoRARequest | None = None,
         stop: Sequence[int] = (),
+        **fields: Any,
     ) -> Request:
         """A request as vLLM's front end would hand it to the scheduler.
 
@@ -142,6 +143,7 @@ class Engine:
             salt: vLLM's `cache_salt`.
             adapter: Whose KV it computes.
             stop: Tokens that end it before `max_tokens`.
+            fields: More of vLLM's `Request`: its priority, prompt embeddings...
         """
         params = {"kv_transfer_params": {"kvtier": kvtier}} if kvtier is not None else None
         sampling = SamplingParams(
@@ -159,8 +161,7 @@ class Engine:
             arrival_time=self.clock.now_s,
             session_id=session,
             block_hasher=hasher or self._hasher,
-            cache_salt=salt,
-            lora_request=adapter,
+            **({"cache_salt": salt, "lora_request": adapter} | fields),
         )
 
     def references(self) -> Counter[int]:

@@ -1,8 +1,8 @@
 """What KV blocks would hold, without computing any KV.
 
-The KV of a token depends on all tokens up to it, on the adapter, the tenant's salt and the weights, so a
-hash chain that begins with these and goes over the tokens stands for it. Blocks and slots hold the chain
-values of their positions; computing a token checks that every earlier position holds what it must.
+The KV of a token depends on all tokens up to it, on what `meant_for` names and on the weights, so a hash
+chain that begins with these and goes over the tokens stands for it. Blocks and slots hold the chain values
+of their positions; computing a token checks that every earlier position holds what it must.
 """
 
 from __future__ import annotations
@@ -17,6 +17,16 @@ Content = list[int | None]
 
 class WrongKVError(AssertionError):
     """A request would have attended to another sequence's KV, or to none."""
+
+
+def meant_for(request: Any) -> tuple[Any, ...]:
+    """What a request's KV depends on besides its token ids: tenant, adapter, prompt embeddings."""
+    lora, embeds = request.lora_request, request.prompt_embeds
+    return (
+        request.cache_salt,
+        None if lora is None else (lora.lora_name, lora.lora_path),
+        None if embeds is None else tuple(embeds.flatten().tolist()),
+    )
 
 
 class SymbolicKV:
@@ -46,6 +56,8 @@ class SymbolicKV:
         Raises:
             WrongKVError: A block of the tokens before `start` does not hold them.
         """
+        # Of a streaming session: the token that it sampled last is not part of its next piece.
+        del self._chains.setdefault(request.request_id, [])[start:]
         chain = self.chain(request, end)
         size = self._block_tokens
         for first in range(0, start, size):
@@ -131,5 +143,4 @@ class SymbolicKV:
                 yield order.block_ids[i * size + j], held[j]
 
     def _seed(self, request: Any) -> int:
-        lora = request.lora_request
-        return hash((lora.lora_name if lora else "", request.cache_salt or "", self.weights))
+        return hash((meant_for(request), self.weights))

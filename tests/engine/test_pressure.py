@@ -6,26 +6,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.engine.scenario_runner import Ask, Facts, Runner, scenario_asks, scenario_runners
-from tests.engine.vllm_versions import SUPPORTED, installed_version
+from tests.engine.vllm_versions import installed_version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from tests.engine.scenario_runner import Ask, Facts, Runner
 
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(not installed_version(), reason="vLLM is not installed"),
 ]
-
-
-@pytest.fixture(scope="module", params=SUPPORTED)
-def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
-    yield from scenario_runners(request.param)
-
-
-@pytest.fixture(params=["sync", "async"])
-def ask(runner: Runner, request: pytest.FixtureRequest) -> Ask:
-    return scenario_asks(runner, request.param)
 
 
 def _assert_clean(facts: Facts) -> None:

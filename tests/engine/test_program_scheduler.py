@@ -26,7 +26,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvtier.scheduler import AsyncProgramScheduler, ProgramScheduler
@@ -157,6 +157,24 @@ class Engine:
 
 
 CLASSES = [ProgramScheduler, AsyncProgramScheduler]
+
+
+@pytest.mark.parametrize("scheduler_class", CLASSES)
+def test_a_streaming_session_keeps_the_place_of_its_first_piece(
+    model_dir: Path, scheduler_class: type[Any]
+) -> None:
+    """vLLM gives a session the arrival time of each piece: the oldest program would be preempted first."""
+    engine = Engine(model_dir, scheduler_class, max_num_seqs=4)
+    engine.add("old", T0_S, program="P", session_id="P")
+    engine.run()
+    session = engine.add("session", T0_S + 5, program="P", resumable=True)
+    engine.run()
+    assert session.status is RequestStatus.WAITING_FOR_STREAMING_REQ
+    place_s = session.arrival_time
+    engine.add("session", T0_S + 50, program="P", resumable=True)
+    assert session.arrival_time == place_s == T0_S
+    engine.run()
+    assert session.status is RequestStatus.WAITING_FOR_STREAMING_REQ
 
 
 def returning_turn_behind_new_programs(engine: Engine, **of_program: Any) -> list[str]:

@@ -51,7 +51,19 @@ def test_engines_share_a_server_and_nothing_else(
     two_prompt = [*two["prompt"], *two["tokens"], *tokens("two2", 50)]
     assert first.call("come_back", name="two", prompt=two_prompt, settle=False)["value"] == 0
 
-    # The first engine dies in the middle of a load; the other one is not disturbed.
+    # A conversation moves to another engine of its model, and back: loaded, not computed anew.
+    again = start_engine("scenarios_shared", SETTINGS)
+    assert again.call("ready", settle=False)["value"] == generations[0]
+    answer = again.call("go_on", name="one", prompt=prompt, settle=False)
+    assert answer["value"] == READABLE
+    plain.check(answer["records"])
+    moved = [*prompt, *answer["records"][-1]["tokens"], *tokens("one3", 50)]
+    answer = first.call("go_on", name="one", prompt=moved, settle=False)
+    assert answer["value"] == readable(len(prompt) + 11)
+    plain.check(answer["records"])
+
+    # The first engine dies in the middle of a load; the other ones are not disturbed.
+    prompt = [*moved, *answer["records"][-1]["tokens"], *tokens("one4", 50)]
     assert first.call("lock_and_hang", name="one", prompt=prompt, settle=False)["value"] > 0
     first.kill()
     answer = other.call("come_back", name="two", prompt=two_prompt, settle=False)
@@ -59,11 +71,9 @@ def test_engines_share_a_server_and_nothing_else(
     # What the dead engine had locked is free again after the grace for its workers.
     await_clean(endpoint)
 
-    # An engine that starts anew finds what the dead one had staged.
-    again = start_engine("scenarios_shared", SETTINGS)
-    assert again.call("ready", settle=False)["value"] == generations[0]
+    # Another engine finds what the dead one had staged.
     answer = again.call("come_back", name="one", prompt=prompt)
-    assert answer["value"] == READABLE
+    assert answer["value"] == readable(len(moved) + 11)
     plain.check(answer["records"])
 
     # One ends in good order, one is killed; the server follows after its grace.

@@ -38,7 +38,6 @@ SCENARIOS = [
     "failed_load_behind_gpu_blocks",
     "failed_store",
     "tenants",
-    "adapters",
     "pressure_of_many",
     "prefetched",
     "not_prefetched",
