@@ -16,7 +16,7 @@ from kvtier import __version__
 from kvtier.admission import AdmissionController
 from kvtier.admission_facts import AdmissionConfig
 from kvtier.backend import NoTier, TierBackend, TierState
-from kvtier.engine_config import engine_facts
+from kvtier.engine_config import engine_facts, tier_obstacle
 from kvtier.policy import Policy, PolicyConfig
 from kvtier.programs import ProgramLimits, ProgramTable
 from kvtier.scheduler_half import SchedulerHalf
@@ -176,8 +176,9 @@ def connect_tier(
     if settings.tier == "off":
         logger.info("kvtier: no CPU tier (kvtier.tier is off), pinning only")
         return NoTier(), None
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        return _pin_only(settings, "pipeline parallelism is not supported by the CPU tier")
+    obstacle = tier_obstacle(vllm_config)
+    if obstacle:
+        return _pin_only(settings, obstacle)
     try:
         endpoint, lease = _server_endpoint(settings, facts)
     except Exception as error:  # noqa: BLE001 - whatever keeps the server away, pins still work

@@ -19,6 +19,7 @@ CPU_CHUNK_TOKENS = 64
 GPU_CHUNK_TOKENS = 256
 SUPPORTED_SPECS = {"FullAttentionSpec", "MLAAttentionSpec", "UniformTypeKVCacheSpecs"}
 """vLLM's kinds of KV cache that keep every token. A group of the last kind holds one kind of layer."""
+SPMD_LAUNCHER = "external_launcher"
 WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json")
 
 
@@ -35,6 +36,12 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
     if not vllm_config.cache_config.enable_prefix_caching:
         message = (
             "prefix caching is off, so no KV can be reused: start vLLM with --enable-prefix-caching"
+        )
+        raise Unsupported(message)
+    if getattr(vllm_config.parallel_config, "distributed_executor_backend", None) == SPMD_LAUNCHER:
+        message = (
+            f"--distributed-executor-backend is {SPMD_LAUNCHER}; accepted: mp, ray, uni. Each of its processes "
+            "schedules for itself and all must come to the same, which decisions by the clock do not"
         )
         raise Unsupported(message)
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -60,6 +67,23 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
             "attention has a sliding window only, its KV is no prefix that could be kept"
         )
         raise Unsupported(message)
+
+
+def tier_obstacle(vllm_config: Any) -> str:
+    """Why this engine can have no CPU tier, though kvtier can pin in it; empty where it can have one."""
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        return (
+            f"--pipeline-parallel-size is {parallel.pipeline_parallel_size}; the CPU tier accepts 1 (tensor "
+            "parallel ranks may be several)"
+        )
+    n_nodes = int(getattr(parallel, "nnodes_within_dp", 1))
+    if n_nodes > 1:
+        return (
+            f"--nnodes is {n_nodes} for one engine; the CPU tier accepts 1, as it is the memory of one host "
+            "(data parallel engines may be on several)"
+        )
+    return ""
 
 
 def block_bytes(kv_cache_config: Any) -> int:

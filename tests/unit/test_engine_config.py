@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from kvtier.config import Settings
-from kvtier.engine_config import Unsupported, block_bytes, check_supported, engine_facts
+from kvtier.engine_config import (
+    Unsupported,
+    block_bytes,
+    check_supported,
+    engine_facts,
+    tier_obstacle,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,10 +61,12 @@ def vllm_config(model: str = "hub/model", **changes: Any) -> Any:
         ),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=options["tp"],
-            pipeline_parallel_size=1,
+            pipeline_parallel_size=options.get("pp", 1),
             world_size=options["tp"],
             decode_context_parallel_size=options.get("dcp", 1),
             prefill_context_parallel_size=options.get("pcp", 1),
+            distributed_executor_backend=options.get("launcher", "mp"),
+            nnodes_within_dp=options.get("nodes", 1),
         ),
         device_config=SimpleNamespace(device_type="cuda"),
         kv_transfer_config=SimpleNamespace(engine_id="e"),
@@ -81,6 +90,7 @@ def test_full_attention_is_supported() -> None:
     ("config", "cache", "said"),
     [
         (vllm_config(caching=False), kv_cache(FULL), "--enable-prefix-caching"),
+        (vllm_config(launcher="external_launcher"), kv_cache(FULL), "accepted: mp, ray, uni"),
         (vllm_config(dcp=2), kv_cache(FULL), "--decode-context-parallel-size is 2; accepted: 1"),
         (vllm_config(pcp=4), kv_cache(FULL), "--prefill-context-parallel-size is 4; accepted: 1"),
         (vllm_config(), kv_cache(FULL, FULL), "--disable-hybrid-kv-cache-manager"),
@@ -90,6 +100,18 @@ def test_full_attention_is_supported() -> None:
 def test_what_kvtier_would_do_wrong_is_refused(config: Any, cache: Any, said: str) -> None:
     with pytest.raises(Unsupported, match=said):
         check_supported(config, cache)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (vllm_config(tp=8), "^$"),
+        (vllm_config(pp=2), "--pipeline-parallel-size is 2; the CPU tier accepts 1"),
+        (vllm_config(nodes=2), "--nnodes is 2 for one engine; the CPU tier accepts 1"),
+    ],
+)
+def test_ranks_that_one_hosts_memory_cannot_serve_have_no_tier(config: Any, said: str) -> None:
+    assert re.search(said, tier_obstacle(config))
 
 
 def test_a_blocks_bytes_are_those_of_all_layers() -> None:
