@@ -1,6 +1,6 @@
 # One word each; `make help` lists them. All of them set up what they need first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench docs protos lock gpu-bundle clean
+.PHONY: help setup demo test long lint format bench docs protos lock gpu-bundle clean
 
 BIN := .venv/bin
 
@@ -16,6 +16,9 @@ demo: setup ## the same agents on vLLM, stock LMCache and kvtier, side by side
 # Two at a time, file by file: those with engines wait much. They come first, as they take longest.
 test: setup ## all tests that this machine can run
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+long: setup ## the tests that take minutes: engines of several ranks
+	TEST_LONG=1 $(BIN)/python -m pytest -m long
 
 lint: setup ## ruff, mypy --strict and the import contracts
 	$(BIN)/ruff check .

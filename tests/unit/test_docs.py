@@ -106,6 +106,17 @@ def test_settings_that_pages_name_exist() -> None:
         assert named <= known | {"tenant_budget", "pin_budget"}, page
 
 
+def test_the_tests_that_show_features_exist() -> None:
+    page = (DOCS / "features.md").read_text(encoding="utf-8")
+    tests = ROOT / "tests"
+    shown = set(re.findall(r"`((?:unit/)?test_\w+\.py)`(?: `(Test\w+)`)?", page))
+    assert len(shown) > 10
+    for file, group in shown:
+        path = tests / file if file.startswith("unit/") else tests / "engine" / file
+        assert path.is_file(), file
+        assert f"class {group}:" in path.read_text(encoding="utf-8") or not group
+
+
 def test_the_site_builds_without_a_warning_and_asks_nobody_else_for_anything(
     tmp_path: Path,
 ) -> None:

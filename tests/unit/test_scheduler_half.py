@@ -186,6 +186,18 @@ def test_what_token_ids_do_not_determine_stays_out_of_the_tier(
     assert sources(engine) == {"recomputed": 30 + 44}
 
 
+def test_a_session_that_is_sent_an_image_in_its_middle_stays_out_of_the_tier(
+    engine: MiniEngine, tier: VirtualTier
+) -> None:
+    first = turn("r1", prompt(30))
+    engine.add(first)
+    engine.step()
+    first.mm_features = ["an image"]
+    engine.run()
+    assert engine.told["r1"]["pinned_blocks"] == 8
+    assert tier.table.counts()["chunks"] == 0
+
+
 def test_parallel_turns_of_a_program_are_all_kept(engine: MiniEngine) -> None:
     """n > 1, or sub-agents: each may be the one that goes on."""
     siblings = [turn(f"r{i}", prompt(20), max_tokens=4 + 8 * i) for i in range(3)]
