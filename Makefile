@@ -17,7 +17,7 @@ demo: setup ## the same agents on vLLM, stock LMCache and kvtier, side by side
 test: setup ## all tests that this machine can run
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-long: setup ## the tests that take minutes: engines of several ranks
+long: setup ## the tests that take minutes: engines of several ranks, LoRA, drafts, grammars
 	TEST_LONG=1 $(BIN)/python -m pytest -m long
 
 lint: setup ## ruff, mypy --strict and the import contracts

@@ -194,7 +194,7 @@ class Engine:
         if salt is not None:
             inputs["cache_salt"] = salt
         parameters = SamplingParams(**chosen | (sampling or {}))
-        if lora is not None or parameters.structured_outputs is not None:
+        if lora is not None or parameters.structured_outputs or parameters.temperature:
             self._unlike_plain.add(request_id)
         self.core.add_request(request_id, inputs, parameters, lora_request=lora)
         return request_id
