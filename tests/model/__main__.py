@@ -15,12 +15,10 @@ import json
 import logging
 import os
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-if TYPE_CHECKING:
-    from tests.model.run import Outcome
+from tests.model.outcome import Run
 
 ENVIRONMENT: Final = {
     # A seed is a life only where strings hash the same: vLLM walks over sets of request ids.
@@ -28,71 +26,6 @@ ENVIRONMENT: Final = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "1",
 }
-PROGRESS_S: Final = 10.0
-MOST_BROKEN: Final = 20
-"""Broken lives after which a run ends: one defect breaks many."""
-
-
-class Run:
-    """A run that can be stopped and continued.
-
-    Args:
-        seed: Its seed.
-        state: Where it is kept; None: nowhere.
-    """
-
-    def __init__(self, seed: int, state: Path | None) -> None:
-        from tests.model.run import Outcome  # noqa: PLC0415 - imports vLLM
-
-        self.seed = seed
-        self.seconds = 0.0
-        self.outcome: Outcome = Outcome()
-        self._state = state
-        if state is not None and state.exists():
-            known = json.loads(state.read_text(encoding="utf-8"))
-            if known["seed"] != seed:
-                raise SystemExit(f"{state} is of seed {known['seed']}")
-            self.seconds = known["seconds"]
-            self.outcome = Outcome.of(known["outcome"])
-
-    def until(self, transitions: int) -> None:
-        """Live until so many transitions are done, those of before included."""
-        from tests.model.run import live  # noqa: PLC0415
-
-        then_s = told_s = time.monotonic()
-        while self.outcome.transitions < transitions and len(self.outcome.broken) < MOST_BROKEN:
-            self.outcome.add(live(self.seed, self.outcome.lives))
-            now_s = time.monotonic()
-            self.seconds += now_s - then_s
-            then_s = now_s
-            if now_s - told_s >= PROGRESS_S:
-                told_s = now_s
-                self._tell()
-                self._save()
-        self._save()
-
-    def facts(self) -> dict[str, Any]:
-        """What was seen, for people and programs."""
-        return {
-            "seed": self.seed,
-            "seconds": round(self.seconds, 1),
-            "transitions_per_s": round(self.outcome.transitions / max(1e-9, self.seconds)),
-            "engine_steps": self.outcome.happened["step"],
-            "outcome": self.outcome.plain(),
-        }
-
-    def _save(self) -> None:
-        if self._state is not None:
-            new = self._state.with_suffix(".new")
-            new.write_text(json.dumps(self.facts(), indent=1), encoding="utf-8")
-            new.replace(self._state)
-
-    def _tell(self) -> None:
-        facts, outcome = self.facts(), self.outcome
-        sys.stderr.write(
-            f"{outcome.transitions:>12,} transitions  {outcome.lives:,} lives"
-            f"  {facts['transitions_per_s']:,}/s  broken {len(outcome.broken)}\n"
-        )
 
 
 def main() -> int:
@@ -103,9 +36,9 @@ def main() -> int:
     # What kvtier warns of is its life here; its errors are collected.
     logging.disable(logging.WARNING)
     logging.getLogger("kvtier").propagate = False
-    if arguments.life is not None:
-        from tests.model.run import live  # noqa: PLC0415
+    from tests.model.run import live  # noqa: PLC0415 - imports vLLM
 
+    if arguments.life is not None:
         sys.stdout.write(
             f"{json.dumps(live(arguments.seed, arguments.life, raises=True).plain())}\n"
         )
@@ -113,7 +46,7 @@ def main() -> int:
     facts: dict[str, Any] = {}
     failed = False
     if arguments.steps:
-        run = Run(arguments.seed, arguments.state)
+        run = Run(arguments.seed, arguments.state, live)
         run.until(arguments.steps)
         facts = run.facts()
         failed = bool(run.outcome.broken)

@@ -105,15 +105,8 @@ def budget_off_by_one() -> Plant:
 
 
 def tenant_not_charged() -> Plant:
-    """A tenant's pins are charged for half of their time."""
-    reserve = TenantBudgets.reserve
-
-    def half(
-        self: TenantBudgets, tenant: str | None, n_bytes: int, ttl_s: float, now_s: float
-    ) -> None:
-        reserve(self, tenant, n_bytes, ttl_s / 2, now_s)
-
-    return mock.patch.object(TenantBudgets, "reserve", half)
+    """A tenant's pins cost it nothing."""
+    return mock.patch.object(TenantBudgets, "reserve")
 
 
 def stale_program_table() -> Plant:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from tests.model.invariants import Invariants
 from tests.model.life import Life
+from tests.model.outcome import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,51 +16,6 @@ if TYPE_CHECKING:
 STORMS: Final = 4
 STORM_TRANSITIONS: Final = 300
 LIVES_OF_A_SEED: Final = 10_000_000
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What one life, or many, have shown.
-
-    Attributes:
-        lives: How many.
-        transitions: Events and engine steps.
-        happened: Each of them, by name.
-        seen: What kvtier counted: decisions, ends of pins and prefetches, failures, ...
-        answers: To commands.
-        preemptions: Of running requests.
-        broken: By number of the life: what was broken first.
-    """
-
-    lives: int = 0
-    transitions: int = 0
-    happened: Counter[str] = field(default_factory=Counter)
-    seen: Counter[str] = field(default_factory=Counter)
-    answers: Counter[str] = field(default_factory=Counter)
-    preemptions: int = 0
-    broken: dict[int, str] = field(default_factory=dict)
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return {n: dict(v) if isinstance(v, dict) else v for n, v in values.items()}
-
-    @classmethod
-    def of(cls, plain: dict[str, Any]) -> Outcome:
-        """What `plain` has written."""
-        counters = {name: Counter(plain[name]) for name in ("happened", "seen", "answers")}
-        broken = {int(number): text for number, text in plain["broken"].items()}
-        return cls(**{**plain, **counters, "broken": broken})
-
-    def add(self, other: Outcome) -> None:
-        """Take in another one."""
-        self.lives += other.lives
-        self.transitions += other.transitions
-        self.happened.update(other.happened)
-        self.seen.update(other.seen)
-        self.answers.update(other.answers)
-        self.preemptions += other.preemptions
-        self.broken.update(other.broken)
 
 
 def live(seed: int, number: int, *, raises: bool = False) -> Outcome:
