@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+START_WAIT_S = 240.0
+"""For the LMCache server beside several engines that start, on a busy machine."""
+
+
 class Replicas:
     """Ranks behind vLLM's `AsyncLLM`, which runs while something is asked of it.
 
@@ -102,7 +106,7 @@ class Replicas:
 
     def await_tier(self, rank: int) -> None:
         """Send a rank short requests until it says that its CPU tier is ready."""
-        deadline_s = time.monotonic() + WAIT_S
+        deadline_s = time.monotonic() + START_WAIT_S
         while not self.metric("tier_ready", rank):
             assert time.monotonic() < deadline_s, f"rank {rank} has no CPU tier"
             self.turn([5, 6, 7], 2, rank=rank, pin=False, stage=False)
