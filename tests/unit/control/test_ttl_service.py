@@ -202,6 +202,22 @@ def test_overrides_survive_a_restart_but_those_that_have_expired(tmp_path: Path)
         assert len(host.engine().join()) == 3
 
 
+@pytest.mark.parametrize("content", [b'{"version": 1, "overri', b'{"version": 2, "overrides": []}'])
+def test_a_state_file_that_cannot_be_used_is_kept_and_the_server_serves(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "overrides.json"
+    file.write_bytes(content)
+    with Host(tmp_path, state_file=str(file)) as host:
+        assert "that is ignored" in caplog.text
+        assert listed(host) == []
+        assert set_one(host, SCOPES["all"]).saved is True
+    (copy,) = tmp_path.glob("overrides.json.ignored-*")
+    assert copy.read_bytes() == content
+    with Host(tmp_path, state_file=str(file)) as host:
+        assert len(listed(host)) == 1
+
+
 def test_an_override_that_cannot_be_saved_holds_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with Host(tmp_path, state_file=str(tmp_path / "file" / "below")) as host:
