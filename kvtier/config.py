@@ -82,12 +82,21 @@ _Auto = BeforeValidator(_auto_is_none)
 _Optional = BeforeValidator(_none_is_none)
 _Switch = BeforeValidator(_yaml_switch)
 
+_TIER_PATTERN = r"^(tcp|ipc)://.+$"
+_URL_PATTERN = r"^https?://[^\s/]+\S*$"
+_PATTERNS = {
+    ADDRESS_PATTERN: "HOST:PORT",
+    _TIER_PATTERN: "tcp://HOST:PORT, ipc://PATH",
+    _URL_PATTERN: "http://HOST:PORT, https://HOST:PORT",
+}
+
 Count = Annotated[int, Field(ge=1), _NoBool]
 Natural = Annotated[int, Field(ge=0), _NoBool]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), _NoBool]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NoBool]
 Share = Annotated[float, Field(ge=0, le=1), _NoBool]
-Address = Annotated[str, StringConstraints(pattern=r"^(tcp|ipc)://.+$")]
+Address = Annotated[str, StringConstraints(pattern=_TIER_PATTERN)]
+Url = Annotated[str, StringConstraints(pattern=_URL_PATTERN)]
 Listen = Annotated[str, StringConstraints(pattern=ADDRESS_PATTERN), AfterValidator(_listen_address)]
 
 
@@ -278,6 +287,11 @@ class Settings(BaseSettings):
         description="Loopback address for the control server's own Prometheus metrics over HTTP. "
         "none: no metrics of its own.",
     )
+    control_otlp_endpoint: Annotated[Url | None, _Optional] = Field(
+        default=None,
+        description="OpenTelemetry collector that gets a span for each decision, as in "
+        "http://127.0.0.1:4317 (OTLP over gRPC). none: no spans.",
+    )
     control_grace_s: Seconds = Field(
         default=10.0, description="How long the control server outlives its last engine, s."
     )
@@ -407,9 +421,7 @@ def _describe(schema: Mapping[str, Any]) -> str:
     if schema.get("format") == "path":
         return "a path"
     if "pattern" in schema:
-        return (
-            "HOST:PORT" if schema["pattern"] == ADDRESS_PATTERN else "tcp://HOST:PORT, ipc://PATH"
-        )
+        return _PATTERNS[schema["pattern"]]
     kinds = {"boolean": "true, false", "integer": "an integer", "number": "a number"}
     limits = [
         f"{sign} {schema[key]:g}"

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from kvtier.config_sources import ConfigError
+from kvtier.control.control_settings import check_files
 from kvtier.paths import cache_dir
 from kvtier.server.launch import (
     MIN_DRAM_BYTES,
@@ -90,6 +92,7 @@ def run_checks(settings: Settings, *, block_tokens: int | None, cpu: bool) -> li
     checks += [
         check_writable("cache directory", cache_dir(), "KVTIER_CACHE_DIR"),
         check_writable("run directory", default_run_dir(), "KVTIER_RUN_DIR"),
+        check_control(settings),
     ]
     return [*checks, *_check_servers()]
 
@@ -209,6 +212,18 @@ def check_writable(name: str, folder: Path, variable: str) -> Check:
     except OSError as error:
         change = f"make it writable, or set {variable} to another directory"
         return Check(name, Status.FAIL, f"{folder}: {error.strerror}", change)
+
+
+def check_control(settings: Settings) -> Check:
+    """Check that the control server can use the files and packages that its settings name."""
+    if settings.control == "off":
+        return Check("control server", Status.OK, "off")
+    try:
+        check_files(settings)
+    except ConfigError as error:
+        change = "correct it, or set it to none"
+        return Check("control server", Status.FAIL, str(error), change)
+    return Check("control server", Status.OK, f"on {settings.control_listen or 'its Unix socket'}")
 
 
 def check_server(server: ServerSummary) -> Check:

@@ -47,11 +47,15 @@ class _Event(_Message, frozen=True, kw_only=True):
 
 
 class TurnStarted(_Event, frozen=True, kw_only=True):
-    """A request has come; `turn` counts from 1, `gap_s` is the pause that it ends."""
+    """A request has come; `turn` counts from 1, `gap_s` is the pause that it ends.
+
+    `trace` has the request's trace headers, where vLLM traces.
+    """
 
     turn: int
     prompt_tokens: int
     gap_s: float | None = None
+    trace: dict[str, str] = {}
 
 
 class TurnRunning(_Event, frozen=True, kw_only=True):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from kvtier.config import Settings
     from kvtier.control.command_desk import Pending
+    from kvtier.control.decision_spans import DecisionSpans
     from kvtier.control.files import ControlFiles
     from kvtier.control.registry import EngineRecord
 
@@ -111,6 +112,7 @@ class ControlServer:
         except OSError:
             self.link_server.close()
             raise
+        self._spans = self._open_spans()
         self._serve_metrics()
         self._tell("serving")
         self._watching = asyncio.create_task(self.link_server.watch_processes())
@@ -148,6 +150,8 @@ class ControlServer:
         await self._saver.close()
         self.link_server.close()
         self.metrics.close()
+        if self._spans is not None:
+            await asyncio.to_thread(self._spans.close)
         self._files.grpc_socket_path.unlink(missing_ok=True)
         self._files.remove_record()
 
@@ -178,9 +182,11 @@ class ControlServer:
         if report.lost:
             self.metrics.lost_events("engine", report.lost)
             self.hub.lose(report.lost)
+        engine_id = engine.engine_id
+        if self._spans is not None:
+            self._spans.reported(engine_id, report.events)
         if not len(self.hub):
             return
-        engine_id = engine.engine_id
         for event in report.events:
             self.hub.publish(
                 watched_events.KIND_OF[type(event)],
@@ -246,6 +252,20 @@ class ControlServer:
             self._files.write_record(record)
         except OSError as error:
             logger.warning("%s: %s", self._files.record_path, error)
+
+    def _open_spans(self) -> DecisionSpans | None:
+        if (endpoint := self._settings.control_otlp_endpoint) is None:
+            return None
+        # OpenTelemetry is an optional dependency.
+        from kvtier.control import decision_spans  # noqa: PLC0415
+
+        try:
+            exporter = decision_spans.exporter_to(endpoint)
+        except ValueError as error:
+            logger.error("control_otlp_endpoint=%r: no spans: %s", endpoint, error)  # noqa: TRY400
+            return None
+        logger.info("spans of decisions go to %s", endpoint)
+        return decision_spans.DecisionSpans(exporter)
 
     def _serve_metrics(self) -> None:
         metrics, registry = self.metrics, self.registry

@@ -7,6 +7,7 @@ imports gRPC, which the engine's process must never do.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import ssl
 from pathlib import Path
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PREFIX = "control"
+_OPENTELEMETRY = (
+    "opentelemetry.sdk.trace",
+    "opentelemetry.exporter.otlp.proto.grpc",
+    "opentelemetry.exporter.otlp.proto.http",
+)
 
 
 def control_values(settings: Settings) -> dict[str, Any]:
@@ -66,6 +72,11 @@ def check_files(settings: Settings) -> None:
             TokenFile(tokens).read()
         except TokenFileError as error:
             raise ConfigError(f"control_tokens_file={str(tokens)!r}: {error}") from error
+    if settings.control_otlp_endpoint is not None and not _has_opentelemetry():
+        raise ConfigError(
+            f"control_otlp_endpoint={settings.control_otlp_endpoint!r}: OpenTelemetry is not installed; "
+            "accepted is none, or after pip install 'kvtier[otel]' a collector's address"
+        )
     cert, key, ca = (
         settings.control_tls_cert,
         settings.control_tls_key,
@@ -91,6 +102,14 @@ def check_files(settings: Settings) -> None:
             raise ConfigError(
                 f"control_tls_client_ca={str(ca)!r}: {error}; accepted are PEM certificates"
             ) from error
+
+
+def _has_opentelemetry() -> bool:
+    try:
+        return all(importlib.util.find_spec(name) is not None for name in _OPENTELEMETRY)
+    except ModuleNotFoundError:
+        # Of a parent package.
+        return False
 
 
 def _check_readable(name: str, path: Path) -> None:

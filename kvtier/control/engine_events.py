@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from kvtier import link_messages as messages
 from kvtier.control.engine_picture import KnownProgram
 from kvtier.turns.happenings import Happenings
+from kvtier.turns.request_view import trace_headers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +75,7 @@ class EngineEvents(Happenings):
                     turn=known.turns,
                     prompt_tokens=int(turn.request.num_tokens),
                     gap_s=start.gap.gap_s if start.gap is not None else None,
+                    trace=trace_headers(turn.request),
                 )
             )
 

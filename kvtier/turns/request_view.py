@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 WAKE_PARAMS = {"kvtier": {"wake": True}}
 """What a waker sends, with a prompt of one token. What a client sends so is computed, without kvtier."""
 
+MAX_TRACE_CHARS = 512
+"""Of one trace header: what W3C asks a tracing system to pass on at least."""
+
 STOP_TAIL_TOKENS = 64
 """A stop string ends within the last tokens; what is longer counts as an abort."""
 
@@ -31,6 +34,12 @@ def is_wake(request: Any) -> bool:
     """Whether this is no request, but vLLM's API process making an idle engine run a hook."""
     params = request.kv_transfer_params
     return bool(params) and params == WAKE_PARAMS and request.num_tokens == 1
+
+
+def trace_headers(request: Any) -> dict[str, str]:
+    """The W3C headers that name the request's trace, where vLLM traces; those too long for one left out."""
+    found = getattr(request, "trace_headers", None) or {}
+    return {name: value for name, value in found.items() if len(value) <= MAX_TRACE_CHARS}
 
 
 def was_aborted(request: Any, decode: Callable[[Sequence[int]], str]) -> bool:

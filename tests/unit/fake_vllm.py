@@ -191,6 +191,7 @@ class FakeRequest:
     priority: int = 0
     skip_reading_prefix_cache: bool = False
     stop: tuple[str, ...] = ()
+    trace_headers: Any = None
     num_computed_tokens: int = 0
     output_token_ids: list[int] = field(default_factory=list)
     status: Any = field(default_factory=lambda: SimpleNamespace(name="WAITING"))

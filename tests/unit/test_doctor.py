@@ -129,6 +129,20 @@ def test_writable(tmp_path: Path) -> None:
     assert "KVTIER_X" in blocked.change
 
 
+def test_control_server(tmp_path: Path) -> None:
+    def check(**values: object) -> Check:
+        return doctor.check_control(Settings.load({"kvtier": values}, {}))
+
+    assert check() == Check("control server", Status.OK, "on 127.0.0.1:7461")
+    assert check(control_listen="none").found == "on its Unix socket"
+    missing = check(control_tokens_file=str(tmp_path / "tokens"))
+    assert missing.status is Status.FAIL
+    assert "control_tokens_file" in missing.found
+    assert missing.change
+    off = check(control="off", control_tokens_file=str(tmp_path / "tokens"))
+    assert off.status is Status.OK
+
+
 def test_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     def summary(status: ServerStatus) -> ServerSummary:
         state = ServerState(status, "detail")

@@ -35,6 +35,7 @@ def load(values: Mapping[str, object]) -> Settings:
         # Nobody listens where there is no server.
         {"control_listen": "0.0.0.0:1", "control": "off"},
         {"control_metrics_listen": "[::1]:7462"},
+        {"control_otlp_endpoint": "https://collector.example:4317"},
     ],
 )
 def test_safe_settings_are_accepted(values: dict[str, object]) -> None:
@@ -63,6 +64,10 @@ def test_safe_settings_are_accepted(values: dict[str, object]) -> None:
         ({"control_listen": "127.0.0.1:65536"}, ["accepted is HOST:PORT or none"]),
         ({"control_listen": "::1:80"}, ["accepted is HOST:PORT or none"]),
         ({"control_listen": 7461}, ["accepted is HOST:PORT or none"]),
+        (
+            {"control_otlp_endpoint": "collector:4317"},
+            ["control_otlp_endpoint='collector:4317'", "http://HOST:PORT", "none"],
+        ),
         ({"control": "maybe"}, ["control='maybe'", "on, off"]),
     ],
 )

@@ -199,6 +199,21 @@ def test_what_happens_is_told_in_order_and_before_the_engine_goes_idle(
     assert (told[1].cause, told[1].tokens) == ("handoff", 32)
 
 
+def test_a_turn_names_its_requests_trace_and_passes_on_nothing_too_long_for_one(
+    rig: Rig, server: Server
+) -> None:
+    server.bind()
+    rig.follow()
+    headers = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "x" * 513}
+    traced = turn("r1", prompt(30), session="agent")
+    traced.trace_headers = headers
+    rig.engine.run(traced)
+    rig.engine.run(follow_up(traced, "r2", session="agent"))
+    rig.engine.half.report(rig.engine.now_s)
+    started = [e for e in events(server.all()) if isinstance(e, messages.TurnStarted)]
+    assert [event.trace for event in started] == [{"traceparent": headers["traceparent"]}, {}]
+
+
 def test_a_command_gets_one_answer_after_what_it_caused(rig: Rig, server: Server) -> None:
     server.bind()
     rig.engine.run(turn("r1", prompt(30), session="agent"))
