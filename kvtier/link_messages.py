@@ -87,10 +87,11 @@ class OptionCost(msgspec.Struct, array_like=True, frozen=True):
 class Decided(_Event, frozen=True, kw_only=True):
     """A decision, with what it went by. `ttl_s` is 0 where nothing is pinned.
 
-    Of a prefetch: what became of the question, and later `end`, with why as the reason.
+    Of a prefetch: what became of the question, and later `end`, with why as the reason. Engines send no `release`:
+    the server makes it of `PinEnded`.
     """
 
-    event: Literal["pause", "return", "prefetch"]
+    event: Literal["pause", "return", "prefetch", "release"]
     action: str
     reason: str
     ttl_s: float = 0.0

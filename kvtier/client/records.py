@@ -333,7 +333,10 @@ class OptionCost:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Where a program's KV waits (`event` is pause) or comes from (return), and why."""
+    """Where a program's KV waits (`event` is pause) or comes from (return), and why.
+
+    Or what became of a prefetch, or why a pin is no more (release).
+    """
 
     engine_id: str
     request_id: str

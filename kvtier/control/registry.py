@@ -26,6 +26,10 @@ MAX_PROGRAMS: Final = 65_536
 """Of one engine. An engine bounds its own programs (`max_programs`, 10,000 by default)."""
 
 
+NATURAL_ENDS: Final = frozenset({"handoff", "superseded"})
+"""Causes of pins' ends of which the decision on the return or the next pause tells; see `ReleaseCause`."""
+
+
 class RegistryFullError(Exception):
     """There is no room for another engine."""
 
@@ -178,6 +182,8 @@ class Registry:
         if isinstance(event, link.Decided):
             self.history.add(engine.engine_id, event)
             return
+        if isinstance(event, link.PinEnded) and event.cause not in NATURAL_ENDS:
+            self.history.add(engine.engine_id, _release(event))
         if isinstance(event, link.ProgramGone):
             engine.programs.pop(event.program, None)
             return
@@ -198,6 +204,19 @@ class Registry:
         engine.programs.move_to_end(program.key)
         if len(engine.programs) > self._max_programs:
             engine.programs.popitem(last=False)
+
+
+def _release(event: link.PinEnded) -> link.Decided:
+    """The end of a pin as the decision that it is: somebody or something has taken the memory back."""
+    return link.Decided(
+        at_s=event.at_s,
+        program=event.program,
+        request_id=event.request_id,
+        event="release",
+        action="release",
+        reason=event.cause,
+        inputs={"tokens": event.tokens},
+    )
 
 
 def _process(hello: link.EngineHello) -> tuple[int, float]:

@@ -54,7 +54,9 @@ def _print_decision(session: Session, decision: "Decision") -> None:
     )
     console.print(plain(headline(decision)), style="bold", end="  ", soft_wrap=True)
     console.print(plain(of), soft_wrap=True)
-    console.print(plain(f"  {in_words(decision.reason)} ({decision.reason})"), soft_wrap=True)
+    console.print(
+        plain(f"  {in_words(decision.reason, decision.event)} ({decision.reason})"), soft_wrap=True
+    )
     chosen = chosen_option(decision)
     if decision.costs:
         rows = [

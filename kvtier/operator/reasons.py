@@ -21,7 +21,43 @@ ACTIONS: Final = {
     ("prefetch", "rejected"): "refused",
     ("prefetch", "missing"): "nothing to load",
     ("prefetch", "end"): "has ended",
+    ("release", "release"): "no longer kept in GPU memory",
 }
+
+RELEASES: Final = {
+    "ttl": "Its TTL was over.",
+    "pressure": "A request needed the memory.",
+    "reset": "vLLM's prefix cache was reset.",
+    "ended": "The program was over.",
+    "off": "kvtier was switched off.",
+    "budget": "Other pins were worth more of the budget of all pins.",
+    "command": "Somebody asked for it: kvtier programs release, or ReleaseProgram.",
+    "shutdown": "The engine ended.",
+}
+"""Causes of a pin's end: `kvtier.gpu_pin.ReleaseCause`, but for those that another decision tells of."""
+
+PREFETCHES: Final = {
+    "loading": "All that the CPU tier holds of it is on its way.",
+    "loaded": "All that the CPU tier holds of it is in GPU memory.",
+    "in_gpu": "It was in GPU memory already.",
+    "under_way": "It was on its way already.",
+    "returned": "The program came first, and used what had been loaded.",
+    "memory": "There was no free memory for it.",
+    "budget": "Too few blocks were left in the budget of all pins.",
+    "running": "The program was running.",
+    "no_tier": "The CPU tier was away.",
+    "no_kv": "Nothing of it was kept.",
+    "ttl": "Its TTL would have been 0.",
+    "mode": "kvtier was not on.",
+    "busy": "Too many prefetches were under way.",
+    "pin_ended": "Its pin ended, so there was no room to load into.",
+    "lookup_late": "The CPU tier did not say in time what it holds.",
+    "copy_failed": "A copy failed.",
+    "ended": "The program was over.",
+    "reset": "vLLM's prefix cache was reset.",
+    "shutdown": "The engine ended.",
+}
+"""What becomes of a prefetch: `kvtier.turns.prefetch`."""
 
 REASONS: Final = {
     # Of a pause: `kvtier.ttl.holding.HoldReason`.
@@ -72,9 +108,10 @@ REASONS: Final = {
 }
 
 
-def in_words(reason: str) -> str:
+def in_words(reason: str, event: str = "") -> str:
     """Return why, in a sentence; a newer engine's reason as it is."""
-    return REASONS.get(reason, reason.replace("_", " "))
+    words = {"release": RELEASES, "prefetch": PREFETCHES}.get(event, REASONS)
+    return words.get(reason, reason.replace("_", " "))
 
 
 def headline(decision: Decision) -> str:

@@ -361,12 +361,12 @@ class Decision(_message.Message):
     engine_id: _builtins.str
     request_id: _builtins.str
     event: _builtins.str
-    """"pause" (where its KV waits), "return" (where its KV comes from) or "prefetch" (its KV is to be there before
-    it returns).
+    """"pause" (where its KV waits), "return" (where its KV comes from), "prefetch" (its KV is to be there before
+    it returns) or "release" (its KV is kept in GPU memory no longer, and not for its own return).
     """
     action: _builtins.str
     """"pin", "offload", "drop"; "gpu", "reload", "recompute"; of a prefetch "accepted", "clipped", "rejected" or
-    "missing", and "end" where it has ended.
+    "missing", and "end" where it has ended; "release".
     """
     reason: _builtins.str
     """Machine-readable, in snake_case."""

@@ -229,6 +229,20 @@ def test_a_command_gets_one_answer_after_what_it_caused(rig: Rig, server: Server
     assert ended[0] < found.index(answers[0])
 
 
+def test_a_release_is_done_within_the_step_that_finds_it(rig: Rig, server: Server) -> None:
+    server.bind()
+    rig.engine.run(turn("r1", prompt(30), session="agent"))
+    rig.follow()
+    server.all()
+    assert rig.engine.pool.references
+    server.send(messages.ReleaseCommand(id=7, program=messages.ProgramKey(None, "agent")))
+    # The message is in the engine's socket, where no hook has looked yet.
+    assert rig.link._socket.poll(10_000)
+    rig.engine.now_s += 1.0
+    rig.engine.wake()
+    assert not rig.engine.pool.references
+
+
 def test_noise_on_the_socket_is_ignored(rig: Rig, server: Server) -> None:
     server.bind()
     rig.engine.run(turn("r1", prompt(30), session="agent"))

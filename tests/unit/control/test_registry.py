@@ -250,6 +250,22 @@ def test_the_last_decisions_are_kept_newest_first_and_outlive_the_program() -> N
     assert registry.history.last("acme", "agent", 3) == []
 
 
+def test_a_pin_that_ends_before_its_programs_return_is_a_decision_too() -> None:
+    registry = registry_with_engine()
+    ends = [
+        link.PinEnded(at_s=NOW_S, program=AGENT, request_id="r1", cause=cause, tokens=32)
+        for cause in ("handoff", "superseded", "command")
+    ]
+    registry.report(report(started(), decided(), *ends), NOW_S)
+    (_, released), (_, paused) = registry.history.last(None, "agent", 64)
+    assert (released.event, released.reason, released.inputs) == (
+        "release",
+        "command",
+        {"tokens": 32},
+    )
+    assert paused.event == "pause"
+
+
 @given(st.lists(st.integers(0, 30), max_size=200))
 def test_decisions_never_take_more_than_their_memory(names: list[int]) -> None:
     history = DecisionHistory(per_program=4, max_bytes=4000)

@@ -111,6 +111,12 @@ def test_a_pause_is_seen_released_and_ended_from_outside(rig: Rig) -> None:
     # An answer comes after all that led to it: the picture is right at once.
     assert rig.program().gpu_pinned_tokens == 0
     assert rig.engine.half.pins.pinned_blocks == 0
+    decision = rig.client.observability.ExplainDecision(request).decisions[0]
+    assert (decision.event, decision.reason) == ("release", "command")
+    assert decision.inputs["tokens"] == "32"
+    # So are the figures of the engine, which does nothing more.
+    gpu = rig.status().engines[0].gpu
+    assert (gpu.pinned_bytes, gpu.free_bytes) == (0, gpu.total_bytes)
 
     end = program_pb2.EndProgramRequest(**AGENT)
     answer = rig.result(lambda: rig.client.programs.EndProgram(end))

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from kvtier.client import Decision, OptionCost
-from kvtier.operator.reasons import ACTIONS, REASONS, chosen_option, headline, in_words
+from kvtier.control.registry import NATURAL_ENDS
+from kvtier.gpu_pin import ReleaseCause
+from kvtier.operator.reasons import (
+    ACTIONS,
+    REASONS,
+    RELEASES,
+    chosen_option,
+    headline,
+    in_words,
+)
 from kvtier.policy import RETURN_REASONS
 from kvtier.ttl.holding import HoldReason
 
@@ -16,6 +25,8 @@ def decision(event: str, action: str, **costs: float) -> Decision:
 def test_every_reason_of_a_decision_has_words() -> None:
     known = {str(reason) for reason in HoldReason} | RETURN_REASONS
     assert known <= set(REASONS)
+    assert {str(cause) for cause in ReleaseCause} - NATURAL_ENDS == set(RELEASES)
+    assert in_words("ttl", "release") != in_words("ttl", "prefetch")
     assert in_words("of_a_newer_engine") == "of a newer engine"
 
 
