@@ -36,29 +36,6 @@ RELEASES: Final = {
 }
 """Causes of a pin's end: `kvtier.gpu_pin.ReleaseCause`, but for those that another decision tells of."""
 
-PREFETCHES: Final = {
-    "loading": "All that the CPU tier holds of it is on its way.",
-    "loaded": "All that the CPU tier holds of it is in GPU memory.",
-    "in_gpu": "It was in GPU memory already.",
-    "under_way": "It was on its way already.",
-    "returned": "The program came first, and used what had been loaded.",
-    "memory": "There was no free memory for it.",
-    "budget": "Too few blocks were left in the budget of all pins.",
-    "running": "The program was running.",
-    "no_tier": "The CPU tier was away.",
-    "no_kv": "Nothing of it was kept.",
-    "ttl": "Its TTL would have been 0.",
-    "mode": "kvtier was not on.",
-    "busy": "Too many prefetches were under way.",
-    "pin_ended": "Its pin ended, so there was no room to load into.",
-    "lookup_late": "The CPU tier did not say in time what it holds.",
-    "copy_failed": "A copy failed.",
-    "ended": "The program was over.",
-    "reset": "vLLM's prefix cache was reset.",
-    "shutdown": "The engine ended.",
-}
-"""What becomes of a prefetch: `kvtier.turns.prefetch`."""
-
 REASONS: Final = {
     # Of a pause: `kvtier.ttl.holding.HoldReason`.
     "memory_free": "The pin takes blocks that nobody misses: the longest TTL.",
@@ -110,7 +87,7 @@ REASONS: Final = {
 
 def in_words(reason: str, event: str = "") -> str:
     """Return why, in a sentence; a newer engine's reason as it is."""
-    words = {"release": RELEASES, "prefetch": PREFETCHES}.get(event, REASONS)
+    words = RELEASES if event == "release" else REASONS
     return words.get(reason, reason.replace("_", " "))
 
 

@@ -1,0 +1,67 @@
+"""vLLM's scheduler with a clock: how long each step of the engine takes, and what it costs its process.
+
+For `--scheduler-cls bench.step_clock.TimedScheduler`, as `bench/control_load.py` does: a step lasts from the
+scheduler's call to the one that takes in the step's output, so everything that kvtier does in hooks is in it.
+Without asynchronous scheduling, steps do not overlap. One row a step goes to the file that `BENCH_STEPS_FILE`
+names, from the first step on: what that costs is part of every figure alike.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvtier.scheduler import ProgramScheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FILE_VARIABLE = "BENCH_STEPS_FILE"
+_ROW = struct.Struct("<5q")
+
+
+class Step(NamedTuple):
+    """One step; times in nanoseconds, `ended_ns` monotonic, `cpu_ns` of the whole process."""
+
+    pid: int
+    ended_ns: int
+    wall_ns: int
+    cpu_ns: int
+    tokens: int
+
+
+class TimedScheduler(ProgramScheduler):
+    """See the module's docstring."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's."""
+        super().__init__(*args, **kwargs)
+        path = Path(os.environ[FILE_VARIABLE])
+        self._file = path.open("ab", buffering=0)
+        self._pid = os.getpid()
+        self._begun = 0, 0
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; a step begins."""
+        self._begun = time.monotonic_ns(), time.process_time_ns()
+        return super().schedule(*args, **kwargs)
+
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; a step ends. Steps that compute nothing are not counted."""
+        outputs = super().update_from_output(scheduler_output, *args, **kwargs)
+        if n_tokens := scheduler_output.total_num_scheduled_tokens:
+            wall_ns, cpu_ns = self._begun
+            ended_ns, ended_cpu_ns = time.monotonic_ns(), time.process_time_ns()
+            row = self._pid, ended_ns, ended_ns - wall_ns, ended_cpu_ns - cpu_ns, n_tokens
+            self._file.write(_ROW.pack(*row))
+        return outputs
+
+
+def read_steps(path: Path) -> Iterator[Step]:
+    """Read all steps of a file, in their order."""
+    data = path.read_bytes()
+    whole = len(data) - len(data) % _ROW.size
+    return (Step(*row) for row in _ROW.iter_unpack(data[:whole]))
