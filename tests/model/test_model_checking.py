@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not installed_version(), reason="vLLM is not installed"),
 ]
 
-TRANSITIONS = 8_000
+TRANSITIONS = 12_000
 SEED = 20261122
 DEFECTS = {
     "lost_unpin": (2, r"^Broken: 1 .*references"),
@@ -40,8 +40,9 @@ DEFECTS = {
     "forgotten_chains": (0, r"^Broken: 7: .*_chains"),
     "lost_unlock": (0, r"^Broken: 1: left over .*locked_chunks"),
     "lost_wakeup": (0, r"^Broken: 1: left over .*staging jobs"),
-    "older_waits_for_ever": (0, r"calm steps: .*WAITING"),
+    "older_waits_for_ever": (1, r"calm steps: .*WAITING"),
     "swallowed_worker_error": (11, r"^WrongKVError"),
+    "tenant_not_charged": (142, r"^Broken: 5: tenant"),
     "wrong_adapter_key": (2, r"^WrongKVError"),
     "wrong_tenant_key": (0, r"^WrongKVError"),
     "missed_reset": (0, r"^WrongKVError"),
