@@ -61,6 +61,11 @@ class Wire:
         if not self.is_up:
             raise zmq.Again
 
+    def poll(self, _: int, flags: int = zmq.POLLIN) -> int:
+        """As a ZeroMQ socket."""
+        ready = (zmq.POLLIN if self.inbox else 0) | (zmq.POLLOUT if self.is_up else 0)
+        return ready & flags
+
     def close(self, linger: int = 0) -> None:
         """As a ZeroMQ socket."""
 
