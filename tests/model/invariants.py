@@ -285,6 +285,8 @@ _WINDOWS: Final[dict[str, int]] = {
     ".admission._heaps": 4 * 64 * 2,
     # The last program's own pause.
     ".admission._working_set._pauses": 2,
+    # One for each adapter of these worlds.
+    ".arrivals._adapters": 8,
     ".arrivals._complaints": 2 * MAX_COMPLAINTS,
     ".policy.load_link": 64,
     ".policy.prefill": 4,
