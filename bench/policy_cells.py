@@ -2,12 +2,15 @@
 
     python bench/policy_cells.py [--cells C1,C2] [--seeds 0,1,2,3,4] [--policies NAMES] [--jobs 2]
                                  [--traces FOLDER] [--runs FILE] [--again NAMES] [--settings JSON]
+                                 [--wrong shuffled,x0.1,x10,adversarial]
 
 Replays each policy in each cell and prints, by cell, what docs/policy-experiments.md aims at: means
 over seeds, tails over all seeds' programs together. With `--runs` every replay's figures are kept in a
 file of JSON lines as soon as they are there, and replays that it holds are not run anew, but for those
 of `--again` (kvtier's, after a change of kvtier). C4 to C6 need recorded sessions: a folder that
-`kvtier replay` reads. Nothing is enforced: the aims are printed next to the figures.
+`kvtier replay` reads. `--wrong` adds kvtier with predictions of tool times that are wrong on purpose
+(`kvtier.replay.wrong_gaps`), held against `offload-pfcfs`. Nothing is enforced: the aims are printed next
+to the figures.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 OWN = "kvtier"
+ORDER_ALONE = "offload-pfcfs"
+"""What predicts nothing: wrong predictions may not cost much more."""
 REFERENCES = ("ideal", "oracle")
 BASELINES = tuple(name for name in POLICY_NAMES if name not in (OWN, *REFERENCES))
 
@@ -100,14 +105,14 @@ def options_of(cell: str, seed: int, traces: Path | None) -> Options:
 def run(cell: str, seed: int, policy: str, traces: Path | None, settings: dict[str, Any]) -> Run:
     """Replay one policy in one cell."""
     quiet_vllm(online=False)
-    from kvtier.replay.policies import POLICIES  # noqa: PLC0415 - brings vLLM
+    from kvtier.replay.policies import policy as spec_of  # noqa: PLC0415 - brings vLLM
     from kvtier.replay.simulation import Simulation  # noqa: PLC0415
     from kvtier.replay.summary import alone_s  # noqa: PLC0415
 
     options = options_of(cell, seed, traces)
     machine, programs = options.machine(), options.load([])
-    spec = POLICIES[policy]
-    if policy == OWN:
+    spec = spec_of(policy)
+    if policy.startswith(OWN):
         spec = replace(spec, settings={**spec.settings, **settings})
     replayed = Simulation(spec, machine, programs).run()
     turns = replayed.turns
@@ -196,8 +201,14 @@ def table(cell: str, runs: Sequence[Run]) -> list[str]:
 def _aims(cell: str, figures: dict[str, Figures]) -> list[str]:
     """What is aimed at in this cell, and whether it holds."""
     own, ideal, lru = (figures.get(name) for name in (OWN, "ideal", "offload-lru"))
+    ordered = figures.get(ORDER_ALONE)
+    wrong = [
+        _aim(f"mean JCT of {name} over {ORDER_ALONE}", f.mean_jct_s / ordered.mean_jct_s, 1.03)
+        for name, f in figures.items()
+        if ordered and name.startswith(f"{OWN}:")
+    ]
     if own is None:
-        return []
+        return wrong
     over_ideal = {"C1": 1.07, "C3": 1.07, "C2": 1.10, "C4": 1.10, "C5": 1.10, "C6": 1.10}
     below_best = {"C2": 0.95, "C4": 0.95, "C7": 1.01, "C8": 1.01}.get(cell, 1.0)
     baselines = [f for name, f in figures.items() if name in BASELINES]
@@ -208,7 +219,7 @@ def _aims(cell: str, figures: dict[str, Figures]) -> list[str]:
         best = min(f.mean_jct_s for f in baselines)
         aims.append(("mean JCT over the best baseline", own.mean_jct_s / best, below_best))
     if cell not in over_ideal:
-        return [_aim(*aim) for aim in aims]
+        return [*(_aim(*aim) for aim in aims), *wrong]
     if lru:
         aims += [
             ("p99 slowdown over offload-lru", own.p99_slowdown / lru.p99_slowdown, 1.0),
@@ -226,7 +237,7 @@ def _aims(cell: str, figures: dict[str, Figures]) -> list[str]:
     if oracle and lru and lru.mean_jct_s > oracle.mean_jct_s:
         gain = (lru.mean_jct_s - own.mean_jct_s) / (lru.mean_jct_s - oracle.mean_jct_s)
         aims.append(("oracle's gain over kvtier's (1/0.95)", 1 / max(gain, 1e-9), 1 / 0.95))
-    return [_aim(*aim) for aim in aims]
+    return [*(_aim(*aim) for aim in aims), *wrong]
 
 
 def _aim(what: str, value: float, limit: float) -> str:
@@ -258,15 +269,18 @@ def main() -> None:
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--again", type=_names, default=[])
     parser.add_argument("--settings", type=json.loads, default={})
+    parser.add_argument("--wrong", type=_names, default=[], metavar="MODES")
     asked = parser.parse_args()
     if asked.settings and asked.runs:
         parser.error("--runs keeps figures of the default settings only: leave out one of the two")
+    extra = [ORDER_ALONE, *(f"{OWN}:{mode}" for mode in asked.wrong)] if asked.wrong else []
+    policies = list(dict.fromkeys([*asked.policies, *extra]))
     known = read_runs(asked.runs)
     wanted = [
         (cell, int(seed), policy)
         for cell in asked.cells
         for seed in asked.seeds
-        for policy in asked.policies
+        for policy in policies
     ]
     todo = [key for key in wanted if key not in known or key[2] in asked.again]
     context = multiprocessing.get_context("spawn")

@@ -111,7 +111,7 @@ class TtlController:
         data = pin.data
         if not isinstance(data, PinnedTurn):
             return 0.0
-        curve, since_s = self._gaps.curve(data.tool), pin.pinned_s
+        curve, since_s = self.away(data.tool), pin.pinned_s
         if data.announced is not None:
             curve, since_s = data.announced, data.announced_s
         waited_s = max(0.0, now_s - since_s)

@@ -5,12 +5,12 @@ kvtier is the production code. Baselines live here and in `baselines/`, not in t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from kvtier.replay import oracle
+from kvtier.replay import oracle, wrong_gaps
 from kvtier.replay.baselines.autellix import AutellixPolicy
 from kvtier.replay.baselines.continuum import ContinuumPolicy
 from kvtier.replay.baselines.continuum_2s import Continuum2sPolicy
@@ -148,11 +148,15 @@ POLICIES: Final = {spec.name: spec for spec in _SPECS}
 
 
 def policy(name: str) -> PolicySpec:
-    """The policy of this name.
+    """The policy of this name; `kvtier:MODE` is kvtier with wrong predictions, see `wrong_gaps`.
 
     Raises:
         ValueError: There is none; the message lists those that are.
     """
+    own, mark, mode = name.partition(":")
+    if mark and own == "kvtier":
+        about = f"kvtier with wrong predictions of tool times: {mode}"
+        return replace(POLICIES[own], name=name, about=about, prepare=wrong_gaps.teller(mode))
     try:
         return POLICIES[name]
     except KeyError:

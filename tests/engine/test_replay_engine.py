@@ -137,6 +137,41 @@ def test_what_kvtier_records_is_what_was_replayed(tmp_path: Path) -> None:
     assert Simulation(policy("kvtier"), machine(), recorded).run().steps > 0
 
 
+@pytest.mark.parametrize(
+    ("mode", "least", "most"),
+    [("x0.1", 0.1, 0.1), ("x10", 10.0, 10.0), ("adversarial", 0.9, 1.0), ("shuffled", 0.0, 100.0)],
+)
+def test_wrong_predictions_are_what_kvtier_decides_by(mode: str, least: float, most: float) -> None:
+    sim = Simulation(policy(f"kvtier:{mode}"), machine(gpu_blocks=100), programs())
+    told: list[tuple[float, float]] = []
+    told_s: dict[str, float] = {}
+    half = sim.half
+    tool_of, decide = sim.tool_of, half.policy.decide_pause
+
+    def noted_tool(chain: Any) -> str | None:
+        tool = tool_of(chain)
+        if tool is not None:
+            told_s[tool] = chain.turn.gap_s
+        return tool
+
+    def noted(pause: Any) -> Any:
+        if pause.tool is not None:
+            told.append((half.policy.ttl.away(pause.tool).quantile(0.5), told_s[pause.tool]))
+        return decide(pause)
+
+    sim.tool_of, half.policy.decide_pause = noted_tool, noted
+    sim.run()
+    assert len(told) > len(sim.programs)
+    ratios = [predicted_s / true_s for predicted_s, true_s in told]
+    assert min(ratios) > 0.999 * least
+    assert max(ratios) < 1.001 * most
+    assert len({round(ratio, 3) for ratio in ratios}) > 3 or least == most or mode == "adversarial"
+    # Learnt is the truth, of the tools by their own names.
+    assert set(half.policy.ttl._gaps._tools) == {"a", "b"}
+    with pytest.raises(ValueError, match="accepted: shuffled"):
+        policy("kvtier:backwards")
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_programs_end_with_sub_agents_and_hardly_any_memory(name: str) -> None:
     # The longest context has 65 blocks.
