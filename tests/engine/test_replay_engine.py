@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +172,32 @@ def test_wrong_predictions_are_what_kvtier_decides_by(mode: str, least: float, m
     assert set(half.policy.ttl._gaps._tools) == {"a", "b"}
     with pytest.raises(ValueError, match="accepted: shuffled"):
         policy("kvtier:backwards")
+
+
+def test_programs_that_have_ended_leave_nothing_but_their_figures() -> None:
+    """As many objects after 200 programs as after 100, though they arrived as 200 programs."""
+    rnd = random.Random(5)
+    workload = [Program(f"p{i}", 0.0, chain(rnd, 2, 1)) for i in range(200)]
+    spec = policy("kvtier")
+    spec = replace(spec, settings={**spec.settings, "kvtier.forget_after_s": 10.0})
+    counts: dict[int, Counter[str]] = {}
+
+    def progress(n_ended: int) -> None:
+        if n_ended in (100, 200):
+            gc.collect()
+            kinds = map(type, gc.get_objects())
+            counts[n_ended] = Counter(
+                kind.__name__
+                for kind in kinds
+                if str(kind.__module__).startswith(("kvtier.", "vllm."))
+            )
+
+    result = Simulation(spec, machine(), workload, concurrency=4, progress=progress).run()
+    assert len(result.turns) == 400
+    grown = counts[200] - counts[100]
+    assert grown.pop("TurnRecord") > 150
+    assert grown.pop("MemorySample") > 0
+    assert max(grown.values(), default=0) < 50, grown.most_common(5)
 
 
 @pytest.mark.parametrize("name", ALL)
