@@ -77,7 +77,11 @@ def replay(
         str, typer.Option(help=f"One of {_KNOWN['models']}, or a .toml file.", **_TEXT)
     ] = "llama-3.1-8b",
     hardware: Annotated[
-        str, typer.Option(help=f"One of {_KNOWN['gpus']}, or a .toml file.", **_TEXT)
+        str,
+        typer.Option(
+            help=f"One of {_KNOWN['gpus']}, a .toml file, or a .json profile of kvtier calibrate.",
+            **_TEXT,
+        ),
     ] = "h100",
     gpus: Annotated[int, typer.Option(help="GPUs (tensor parallel).", **_INT)] = 1,
     gpu_kv_gb: Annotated[

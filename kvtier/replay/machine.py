@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from kvtier.replay.step_clock import StepClock
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -90,6 +92,7 @@ class Machine:
         block_tokens: Tokens of a KV block.
         batch_tokens: Most tokens of a step.
         max_running: Most running requests.
+        clock: How long steps take where that was measured; None: by the roofline.
     """
 
     model: ModelSpec
@@ -102,6 +105,7 @@ class Machine:
     block_tokens: int = 64
     batch_tokens: int = 8192
     max_running: int = 256
+    clock: StepClock | None = None
 
     @property
     def block_bytes(self) -> int:
@@ -128,7 +132,7 @@ class Scheduled:
 
 
 def step_s(machine: Machine, parts: Iterable[Scheduled]) -> float:
-    """Duration of a step by a roofline: the longer of compute and memory traffic, plus the overhead.
+    """Duration of a step: by the machine's clock, else by a roofline: the longer of compute and memory traffic, plus the overhead.
 
     Compute: ``2 * active parameters`` operations a token for the matrix products, plus ``4 * layers * heads *
     head_dim * new * (cached + new / 2)`` for causal attention (QK^T and AV, two operations per multiply-add).
@@ -141,6 +145,8 @@ def step_s(machine: Machine, parts: Iterable[Scheduled]) -> float:
     Returns:
         Seconds.
     """
+    if machine.clock is not None:
+        return machine.clock.step_s(parts)
     model, gpu = machine.model, machine.gpu
     operations = kv_read_bytes = 0.0
     n_tokens = 0

@@ -3,7 +3,8 @@
 The known ones stand in `models.toml` and `gpus.toml`. Instead of a name, the path of a TOML file of
 the same form gives a user's own: one table ``[models.NAME]``, ``[gpus.NAME]`` or ``[links.NAME]``
 with the fields of :class:`~kvtier.replay.machine.ModelSpec`,
-:class:`~kvtier.replay.machine.GpuSpec` or :class:`LinkSpec`. One file may hold one of each.
+:class:`~kvtier.replay.machine.GpuSpec` or :class:`LinkSpec`. One file may hold one of each. In a GPU's place
+a profile of `kvtier calibrate` can be given (``.json``), which says how long steps really take (`measured`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from kvtier.replay.machine import GpuSpec, Machine, ModelSpec
+from kvtier.replay.machines import measured
 
 GB = 1e9
 USED_MEMORY = 0.9
@@ -55,11 +57,13 @@ def model(name: str) -> ModelSpec:
 
 
 def gpu(name: str) -> GpuSpec:
-    """Return the GPU of that name, or of the ``.toml`` file at that path.
+    """Return the GPU of that name, or of the ``.toml`` file or ``.json`` profile at that path.
 
     Raises:
         ValueError: There is none, or the file is not right; the message says what is accepted.
     """
+    if name.endswith(measured.SUFFIX):
+        return measured.read(Path(name)).gpu
     return _find("gpus", GpuSpec, name)
 
 
@@ -121,7 +125,12 @@ def machine(
     if not 0 <= dram_gb < math.inf:
         raise ValueError(f"dram_gb must be a number of GB from 0, not {dram_gb}")
     model_spec = _find("models", ModelSpec, model)
-    gpu_spec = _find("gpus", GpuSpec, gpu)
+    clock = None
+    if gpu.endswith(measured.SUFFIX):
+        profile = measured.read(Path(gpu))
+        gpu_spec, clock = profile.gpu, profile.clock
+    else:
+        gpu_spec = _find("gpus", GpuSpec, gpu)
     if gpu_kv_gb is None:
         gpu_kv_bytes = _memory_left(model_spec, gpu_spec, n_gpus)
     else:
@@ -138,6 +147,7 @@ def machine(
         block_tokens=block_tokens,
         batch_tokens=batch_tokens,
         max_running=max_running,
+        clock=clock,
     )
     # Also refuses NaN, which no comparison does.
     if not made.block_bytes <= gpu_kv_bytes < math.inf:
