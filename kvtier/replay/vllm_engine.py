@@ -23,7 +23,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from kvtier import assembly
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from kvtier.backend import TierBackend
     from kvtier.replay.machine import Machine, ModelSpec
@@ -93,7 +93,7 @@ def make_scheduler(
         kv_cache_tensors=[],
         kv_cache_groups=[KVCacheGroupSpec(layers, spec)],
     )
-    with _injected(clock, tier):
+    with injected(clock, tier):
         return options.scheduler_class(
             vllm_config=config,
             kv_cache_config=kv_cache,
@@ -159,7 +159,7 @@ def _hf_config(model: ModelSpec, max_context_tokens: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _injected(clock: VirtualClock, tier: TierBackend | None) -> Iterator[None]:
+def injected(clock: Callable[[], float], tier: TierBackend | None) -> Iterator[None]:
     """Give kvtier's scheduler half the virtual clock, and the tier if there is one."""
     build = functools.partial(assembly.build_scheduler_half, clock=clock, tier=tier)
     with mock.patch.object(assembly, "build_scheduler_half", build):

@@ -134,16 +134,17 @@ class Engine:
             assert self.half is not None, "kvtier is passive"
             self._config = self.half.policy.config
             self._admission = self.half.admission.config
-            self._make_recompute_dear()
+            self.make_recompute_dear(self.half)
 
-    def _make_recompute_dear(self) -> None:
+    @staticmethod
+    def make_recompute_dear(half: Any) -> None:
         """Let the cost model believe in a large model, so that it pins, stages and reloads this one."""
         from kvtier.costs.estimators import PrefillEstimator, PrefillModel  # noqa: PLC0415
 
-        facts = self.half.facts
+        facts = half.facts
         slow = PrefillModel.from_flops(10**9, facts.n_layers, facts.attention_width, 1e10)
-        self.half.policy.prefill = PrefillEstimator(slow)
-        self.half.policy.prefill.observe = lambda *_: None
+        half.policy.prefill = PrefillEstimator(slow)
+        half.policy.prefill.observe = lambda *_: None
 
     def close(self) -> None:
         """End the engine in good order."""

@@ -63,11 +63,32 @@ def engine(
     plain: PlainVllm,
 ) -> EngineChild:
     child = start_engine(
-        "scenarios_turns,scenarios_mishaps,scenarios_prefetch",
+        "scenarios_turns,scenarios_mishaps,scenarios_prefetch,scenarios_recorded",
         {"dram_gb": 0.25, "switch_file": str(switch_file)},
     )
     child.call("ready")
     return child
+
+
+def test_live_equals_replay(engine: EngineChild, plain: PlainVllm) -> None:
+    """The first test: the tape has to begin with the engine's first step."""
+    answer: dict[str, Any] = engine.call("live_equals_replay")
+    told = answer["value"]
+    assert told["same_steps"]
+    assert told["same_answers"]
+    # Actions, reasons, TTLs and costs, to the last digit.
+    assert told["replayed"] == told["live"]
+    assert told["clock_left"] == 0
+    # The run had some of everything.
+    assert told["answers"] == ["commit", "lookup", "reserve"]
+    entries = [(event, entry) for event, _, _, entry in told["live"]]
+    assert {entry["cause"] for event, entry in entries if event == "release"} >= {
+        *("handoff", "pressure", "reset", "ttl")
+    }
+    assert {entry["action"] for event, entry in entries if event == "pause"} >= {"pin", "offload"}
+    assert "reload" in [entry["action"] for event, entry in entries if event == "return"]
+    assert len({entry["ttl_s"] for event, entry in entries if event == "pause"}) > 5
+    plain.check(answer["records"])
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
