@@ -53,6 +53,9 @@ class SymbolicKV:
     def compute(self, request: Any, block_ids: Sequence[int], start: int, end: int) -> None:
         """Compute tokens [start, end) of a request.
 
+        A step that was scheduled before its request ended may find the blocks before `start` given away:
+        what it computes from them is thrown away, so only where it writes to matters.
+
         Raises:
             WrongKVError: A block of the tokens before `start` does not hold them.
         """
@@ -60,7 +63,7 @@ class SymbolicKV:
         del self._chains.setdefault(request.request_id, [])[start:]
         chain = self.chain(request, end)
         size = self._block_tokens
-        for first in range(0, start, size):
+        for first in range(0, 0 if request.is_finished() else start, size):
             block = block_ids[first // size]
             wanted = chain[first : min(first + size, start)]
             held = self._blocks.get(block, self._nothing)[: len(wanted)]
