@@ -106,7 +106,14 @@ def budget_off_by_one() -> Plant:
 
 def tenant_not_charged() -> Plant:
     """A tenant's pins cost it nothing."""
-    return mock.patch.object(TenantBudgets, "reserve")
+    charge = TenantBudgets.charge
+
+    def nothing(
+        self: TenantBudgets, tenant: str | None, pin: str, _byte_seconds: float, now_s: float
+    ) -> None:
+        charge(self, tenant, pin, 0.0, now_s)
+
+    return mock.patch.object(TenantBudgets, "charge", nothing)
 
 
 def stale_program_table() -> Plant:

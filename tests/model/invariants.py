@@ -295,7 +295,7 @@ _WINDOWS: Final[dict[str, int]] = {
     ".policy.ttl._gaps": 4096,
     ".policy.ttl._reuse": 64,
     # What the operator has set.
-    ".policy.ttl.budgets": len(TENANTS),
+    "._charges._budgets": len(TENANTS),
     ".policy.ttl.overrides": 4,
     # Names and labels, not programs.
     ".stats._gauges": 32,

@@ -43,8 +43,8 @@ DEFECTS = {
     "older_waits_for_ever": (1, r"calm steps: .*WAITING"),
     "swallowed_worker_error": (11, r"^WrongKVError"),
     "tenant_not_charged": (142, r"^Broken: 5: tenant"),
-    "wrong_adapter_key": (2, r"^WrongKVError"),
-    "wrong_tenant_key": (0, r"^WrongKVError"),
+    "wrong_adapter_key": (2, r"^WrongKVError|^Broken: 3: .*other KV"),
+    "wrong_tenant_key": (0, r"^WrongKVError|^Broken: 3: .*other KV"),
     "missed_reset": (0, r"^WrongKVError"),
 }
 """Each planted defect, the life in which it shows soon, and what is said then."""
