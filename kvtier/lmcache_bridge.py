@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -186,14 +187,12 @@ class LMCacheBridge:
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
         """See `TierBackend.poll`."""
         self._now_s = now_s
-        if wait_s > 0 and not self._events:
-            self._socket.poll(int(wait_s * 1000))
-        while True:
-            try:
-                frame = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            self._receive(frame)
+        deadline_s = time.monotonic() + wait_s
+        self._take_frames()
+        # What comes meanwhile may be no event: the answer to a status question, or to nobody.
+        while not self._events and (left_s := deadline_s - time.monotonic()) > 0:
+            self._socket.poll(int(left_s * 1000) + 1)
+            self._take_frames()
         # An operation's time runs from the first poll after it was sent: the engine's step in between
         # may have taken longer than the time-out.
         self._pending.update((i, now_s) for i in self._unstamped if i in self._pending)
@@ -210,6 +209,14 @@ class LMCacheBridge:
             self._send(wire.Status, expect_event=False)
         events, self._events = self._events, []
         return events
+
+    def _take_frames(self) -> None:
+        while True:
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._receive(frame)
 
     def close(self) -> None:
         """Leave: the server releases what this engine holds as soon as no copy can be using it.
@@ -319,6 +326,7 @@ class LMCacheBridge:
         self._region = Region(reply.shm_name, reply.pool_bytes, reply.generation)
         if self._state is not TierState.READY:
             self._state = TierState.READY
+            self._status_sent_s = self._now_s
             detail = f"{reply.pool_bytes / 1e9:.1f} GB in {reply.shm_name}"
             if reply.eviction_policy not in ("noop", "unknown"):
                 detail += f"; eviction policy {reply.eviction_policy}: leases are best effort"
