@@ -51,8 +51,8 @@ from bench.control_stack import (
 from bench.steady_agents import Work
 from bench.step_clock import FILE_VARIABLE
 from kvtier.linkbench.machine import machine
-from tests.engine.engine_harness import write_model
 from tests.engine.served import serving
+from tests.engine.tiny_model import write_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
