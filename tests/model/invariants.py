@@ -282,7 +282,7 @@ class Invariants:
 _WINDOWS: Final[dict[str, int]] = {
     ".admission._forecast._ended_turns": 256,
     # Requests that have gone are taken out when there are many.
-    ".admission._heaps": 4 * 64 * 2,
+    ".admission._heaps": 4 * 64 * 3,
     # The last program's own pause.
     ".admission._working_set._pauses": 2,
     # One for each adapter of these worlds.
