@@ -15,6 +15,7 @@ from vllm.v1.request import RequestStatus
 
 from kvtier.backend import NoTier, TierState
 from kvtier.link_messages import OverridesCommand, PolicyCommand, Resync
+from kvtier.turns.adapters import Adapters
 from kvtier.turns.request_view import WAKE_PARAMS
 from tests.engine.scheduler_harness import Drive, Engine
 from tests.engine.tier_scenarios import PASSING, Walk, prompt_of
@@ -66,6 +67,8 @@ class Life(Walk):
         engine = Engine(self.plan.spec, tier, link)
         super().__init__(engine, Drive(engine, late=self.plan.late), chance)
         self.half = engine.half
+        # The adapters of these worlds have no files, by which real ones are known.
+        self.half.arrivals._adapters = Adapters(weights=lambda path: path)
         control = self.half.housekeeping._control
         assert control is not None
         control._wall_clock = self.wall_clock
