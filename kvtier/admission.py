@@ -307,13 +307,16 @@ class AdmissionController(Generic[Key]):
         """Whether a request that comes first in order is itself able to start."""
         lines = (self._first(line, now_s, idle=idle) for line in _LINES)
         aged = [one for one in lines if one is not None and self._is_aged(one, now_s)]
-        if self._is_aged(entry, now_s):
-            return any(one.line < entry.line for one in aged)
-        if aged:
+        is_aged = self._is_aged(entry, now_s)
+        if is_aged and any(one.line < entry.line for one in aged):
+            return True
+        if not is_aged and any(one.priority <= entry.priority for one in aged):
             return True
         for heap in (_RETURNING, _NEW):
             other = self._first(heap, now_s, idle=idle)
             if other is None or other.order >= entry.order:
+                continue
+            if is_aged and other.priority == entry.priority:
                 continue
             # New programs wait in line even behind one that does not fit: passed by every smaller
             # one, it would never fit.

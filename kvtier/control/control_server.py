@@ -260,12 +260,13 @@ class ControlServer:
         from kvtier.control import decision_spans  # noqa: PLC0415
 
         try:
-            exporter = decision_spans.exporter_to(endpoint)
+            # Both read OpenTelemetry's own environment variables.
+            spans = decision_spans.DecisionSpans(decision_spans.exporter_to(endpoint))
         except ValueError as error:
             logger.error("control_otlp_endpoint=%r: no spans: %s", endpoint, error)  # noqa: TRY400
             return None
         logger.info("spans of decisions go to %s", endpoint)
-        return decision_spans.DecisionSpans(exporter)
+        return spans
 
     def _serve_metrics(self) -> None:
         metrics, registry = self.metrics, self.registry

@@ -204,6 +204,9 @@ class Prefetcher:
         if prefetch.returned_s is not None and now_s - prefetch.returned_s >= RETURN_WAIT_S:
             # Its program has gone on without it, and nobody would end the pin.
             return
+        if piece.start != prefetch.n_ready:
+            # A budget had no room for the piece before: pins keep a turn's head, without holes.
+            return
         reason = self._pinning.grow(prefetch, hit, now_s)
         if reason:
             self._stop(prefetch, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,11 @@ def request(path: Path | str, *, name: str = "a", number: int = 1) -> Any:
     return SimpleNamespace(lora_request=lora)
 
 
+def looking() -> Adapters:
+    """Adapters whose files are looked at with every request."""
+    return Adapters(clock=itertools.count(step=10).__next__)
+
+
 def test_a_request_without_an_adapter_has_none() -> None:
     assert Adapters().name_of(SimpleNamespace(lora_request=None)) == (None, True)
     assert Adapters().name_of(SimpleNamespace()) == (None, True)
@@ -57,7 +63,7 @@ def test_an_adapter_that_was_trained_on_is_another_after_a_restart(adapter: Path
 def test_an_adapter_whose_files_change_under_the_engine_is_pinned_only(
     adapter: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    adapters = Adapters()
+    adapters = looking()
     assert adapters.name_of(request(adapter))[1]
     train(adapter, b"new")
     assert not adapters.name_of(request(adapter))[1]
@@ -85,3 +91,26 @@ def test_an_adapter_of_the_hub_is_known_by_its_commit(monkeypatch: pytest.Monkey
     assert is_known
     commit["is"] = "b" * 40
     assert Adapters().name_of(request("hub/adapter"))[0] != before
+
+
+def test_files_are_looked_at_once_in_a_while() -> None:
+    looked: list[str] = []
+    now_s = [0.0]
+
+    def weights(path: str) -> str:
+        looked.append(path)
+        return "w"
+
+    adapters = Adapters(weights, lambda: now_s[0])
+    for now_s[0] in (0.0, 0.5, 0.9, 1.5):
+        assert adapters.name_of(request("x"))[1]
+    assert looked == ["x", "x"]
+    adapters.name_of(request("x", number=2))
+    assert looked == ["x"] * 3, "one that was loaded just now may have other files"
+
+
+def test_a_path_that_is_none_is_pinned_only() -> None:
+    assert Adapters().name_of(request("~nobody-has-this-name/x")) == (
+        "a:~nobody-has-this-name/x:",
+        False,
+    )

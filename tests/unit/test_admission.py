@@ -124,6 +124,16 @@ def test_the_more_urgent_comes_first_whatever_waits_longer() -> None:
     assert reason(admission, "batch", 101.0) == "first_in_order"
 
 
+@pytest.mark.parametrize("returning", [True, False])
+def test_waiting_for_long_does_not_make_it_more_urgent(returning: bool) -> None:
+    """Whether the other one returns or begins: they are looked for in two queues."""
+    admission = controller(replace(FCFS, aging_s=60.0))
+    arrive(admission, "batch", "A", 0.0, now_s=0.0, priority=10, returning=returning)
+    arrive(admission, "urgent", "B", 100.0, now_s=100.0, returning=not returning)
+    assert reason(admission, "batch", 101.0) == "older_waiting"
+    assert reason(admission, "urgent", 101.0) == "first_in_order"
+
+
 def test_what_runs_less_urgently_does_not_keep_a_new_program_waiting() -> None:
     config = AdmissionConfig(mode="working_set")
     admission = controller(config)

@@ -7,7 +7,8 @@ that was given away while a copy wrote to it, fails the test.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -43,6 +44,9 @@ from tests.unit.program_cases import (
     turn,
 )
 from tests.unit.virtual_tier import VirtualTier
+
+if TYPE_CHECKING:
+    from kvtier.orders import OrderResult
 
 
 @pytest.fixture
@@ -460,6 +464,26 @@ def test_a_budget_that_shrinks_meanwhile(engine: MiniEngine) -> None:
     engine.run(follow_up(first, "r2"))
     assert sources(engine)["gpu_cache"] == N_TOKENS, "loaded it is: it can be hit until evicted"
     assert_nothing_held(engine)
+
+
+def test_a_budget_that_is_short_for_a_moment_leaves_no_hole_in_the_pin(engine: MiniEngine) -> None:
+    in_pieces(engine)
+    first = paused(engine)
+    engine.workers.delay = 2
+    ask(engine)
+    step_until_copying(engine, 4)
+    prefetcher, pins = engine.half.prefetcher, engine.half.pins
+    landed = count(1)
+    on_result, budget_blocks = prefetcher.on_result, pins.budget_blocks
+
+    def short_once(result: OrderResult) -> bool:
+        pins.budget_blocks = pins.pinned_blocks if next(landed) == 2 else budget_blocks
+        return on_result(result)
+
+    prefetcher.on_result = short_once  # type: ignore[method-assign]
+    engine.run()
+    (pin,) = pins.pins()
+    assert pin.block_ids.tolist() == engine.pool.find(first.block_hashes)[:2]
 
 
 # -- what can happen meanwhile ---------------------------------------------------------------------
