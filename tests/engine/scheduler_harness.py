@@ -298,6 +298,10 @@ class Drive:
 
     # -- internals ---------------------------------------------------------------------------------
 
+    def computes(self, request_id: str) -> bool:
+        """Whether a step of this name is under way: vLLM would take its output for a new request's."""
+        return any(request_id in step.num_scheduled_tokens for step, *_ in self._in_flight)
+
     def _execute(self, scheduled: Any) -> tuple[Any, list[Work]]:
         """What the workers would do in this step: its output, and what is to be computed."""
         computed = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}

@@ -213,7 +213,7 @@ class Life(Walk):
         request_id = f"r{self._n_requests}"
         if self.random.random() < 0.02:
             request_id = "again"
-        if request_id in self.engine.scheduler.requests:
+        if request_id in self.engine.scheduler.requests or self.drive.computes(request_id):
             return
         self.drive.kv.forget(request_id)
         self.drive.output.pop(request_id, None)
