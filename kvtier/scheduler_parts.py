@@ -28,7 +28,7 @@ from kvtier.turns.pauses import Load, Pauses
 from kvtier.turns.pin_charges import PinCharges
 from kvtier.turns.pin_terms import PinTerms
 from kvtier.turns.prefetch import Prefetcher
-from kvtier.turns.prefetch_plan import Wish
+from kvtier.turns.prefetching.plan import Wish
 from kvtier.turns.reading import TierReader
 from kvtier.turns.returns import Returns
 from kvtier.turns.room import Room

@@ -59,7 +59,7 @@ REASONS: Final = {
     "link_busy": "Computing was cheaper because of the transfers queued on the link.",
     "link_probe": "Loading seemed too slow for many returns: one is tried, to measure the link anew.",
     "configured": "The setting reload says so.",
-    # Of a prefetch: `kvtier.turns.prefetch_plan` and `kvtier.turns.prefetch`.
+    # Of a prefetch: `kvtier.turns.prefetching.plan` and `kvtier.turns.prefetch`.
     "loading": "It is being loaded from the CPU tier.",
     "in_gpu": "All of it is in GPU memory already.",
     "under_way": "It was being loaded already.",

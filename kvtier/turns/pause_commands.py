@@ -9,7 +9,7 @@ from kvtier.backend import TierBackend, TierState
 from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.gpu_pin import ReleaseCause
 from kvtier.turns.live_mode import LiveMode, Mode
-from kvtier.turns.prefetch_plan import Wish
+from kvtier.turns.prefetching.plan import Wish
 
 if TYPE_CHECKING:
     from kvtier import link_messages as messages

@@ -1,9 +1,9 @@
 """Prefetch: a paused program's KV comes back into GPU memory before the program does.
 
 No request waits for it, so it takes only what nobody needs: blocks that are free beyond a headroom and
-beyond what waiting requests ask for, within the pin budget (`prefetch_plan`). It goes piece by piece
-(`prefetch_pieces`). What is loaded can be hit at once, as if it had been computed, and is pinned
-(`prefetch_pins`).
+beyond what waiting requests ask for, within the pin budget (`prefetching.plan`). It goes piece by piece
+(`prefetching.pieces`). What is loaded can be hit at once, as if it had been computed, and is pinned
+(`prefetching.pins`).
 
 When the program returns in the middle, nothing more is ordered, and its request waits for the pieces on
 their way, for `RETURN_WAIT_S` at most: to load them itself would take no less. It loads or computes the rest.
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Final
 
 from kvtier.backend import TierBackend, TierState
 from kvtier.turns.paused_turns import PausedTurns
-from kvtier.turns.prefetch_accounts import PrefetchAccounts
-from kvtier.turns.prefetch_lookups import PrefetchLookups
-from kvtier.turns.prefetch_pieces import PrefetchPieces
-from kvtier.turns.prefetch_pins import PrefetchPins
-from kvtier.turns.prefetch_plan import Answer, Planner, Spare, Wish
+from kvtier.turns.prefetching.accounts import PrefetchAccounts
+from kvtier.turns.prefetching.lookups import PrefetchLookups
+from kvtier.turns.prefetching.pieces import PrefetchPieces
+from kvtier.turns.prefetching.pins import PrefetchPins
+from kvtier.turns.prefetching.plan import Answer, Planner, Spare, Wish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from kvtier.turns.live_mode import LiveMode
     from kvtier.turns.pin_charges import PinCharges
     from kvtier.turns.pin_terms import PinTerms
-    from kvtier.turns.prefetch_jobs import Piece, Prefetch
+    from kvtier.turns.prefetching.jobs import Piece, Prefetch
     from kvtier.turns.staged_copies import StagedCopies
     from kvtier.turns.turn import Turn
 

@@ -16,9 +16,9 @@ from kvtier.gpu_pin import ReleaseCause
 from kvtier.policy import PolicyConfig
 from kvtier.ttl.overrides import TtlOverride
 from kvtier.ttl.tenant_budgets import TenantBudget
-from kvtier.turns import prefetch_plan
 from kvtier.turns.live_mode import Mode
 from kvtier.turns.prefetch import RETURN_WAIT_S
+from kvtier.turns.prefetching import plan as prefetch_plan
 from kvtier.turns.returns import LOOKUP_DEADLINE_S
 from tests.unit.fake_vllm import BLOCK_TOKENS
 from tests.unit.mini_engine import MiniEngine

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from kvtier.turns.decision_log import DecisionLog
     from kvtier.turns.engine_facts import EngineFacts
     from kvtier.turns.happenings import Happenings
-    from kvtier.turns.prefetch_jobs import Prefetch
-    from kvtier.turns.prefetch_plan import Answer
+    from kvtier.turns.prefetching.jobs import Prefetch
+    from kvtier.turns.prefetching.plan import Answer
 
 
 class PrefetchAccounts:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kvtier.orders import OrderIds
     from kvtier.stats import Stats
     from kvtier.turns.engine_facts import EngineFacts
-    from kvtier.turns.prefetch_jobs import Prefetch
+    from kvtier.turns.prefetching.jobs import Prefetch
     from kvtier.turns.staged_copies import StagedCopies
 
 

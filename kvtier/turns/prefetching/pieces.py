@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from kvtier.orders import Order
-from kvtier.turns.prefetch_jobs import Piece
+from kvtier.turns.prefetching.jobs import Piece
 from kvtier.turns.staging import IN_FLIGHT_BYTES, ORDER_DEADLINE_S
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from kvtier.orders import OrderIds
     from kvtier.turns.block_pool import VllmBlockPool
     from kvtier.turns.engine_facts import EngineFacts
-    from kvtier.turns.prefetch_jobs import Prefetch
-    from kvtier.turns.prefetch_plan import Spare
+    from kvtier.turns.prefetching.jobs import Prefetch
+    from kvtier.turns.prefetching.plan import Spare
     from kvtier.turns.reading import Found
 
 PIECE_BYTES: Final = 64 << 20

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvtier.turns.paused_turns import PausedTurn
     from kvtier.turns.pin_charges import PinCharges
     from kvtier.turns.pin_terms import Granted, PinTerms
-    from kvtier.turns.prefetch_jobs import Prefetch
+    from kvtier.turns.prefetching.jobs import Prefetch
     from kvtier.turns.staged_copies import StagedCopies
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from kvtier.backend import TierBackend, TierState
 from kvtier.block_ids import as_block_ids
 from kvtier.turns.live_mode import LiveMode, Mode
-from kvtier.turns.prefetch_jobs import Piece, Prefetch
+from kvtier.turns.prefetching.jobs import Piece, Prefetch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvtier.turns.block_pool import VllmBlockPool
     from kvtier.turns.engine_facts import EngineFacts
     from kvtier.turns.paused_turns import PausedTurn, PausedTurns
-    from kvtier.turns.prefetch_pins import PrefetchPins
+    from kvtier.turns.prefetching.pins import PrefetchPins
     from kvtier.turns.staged_copies import StagedCopies
 
 MAX_PREFETCHES: Final = 16

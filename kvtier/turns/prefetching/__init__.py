@@ -1,0 +1,1 @@
+"""What `kvtier.turns.prefetch` is made of."""
