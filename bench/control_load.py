@@ -14,8 +14,10 @@ The clients run on the same machine, so the engine's process is measured and not
 output token, and per step (from vLLM's own scheduler, see bench/step_clock.py). Steps by the clock are shown too.
 
 A processor that is shared makes the same instructions slower (caches, the sibling of a hyperthread), whoever the
-others are; so the limits are on `called` against `beside`, where as much goes on, and both are shown against `alone`:
-processor time per token +2 %, p99 of a step's processor time +5 %. In the soak at the end the control server's
+others are, by more than the limits here, and windows alike differ by tens of percent. So the limits are on `called`
+against `beside`, where as much goes on, and both are shown against `alone`. What kvtier itself uses of the engine's
+processor time, in the scheduler's hooks and in threads for messages, may grow by 2 % of all that the engine uses per
+token; p99 of a step's processor time by 5 %. The whole process's time per token is shown besides. In the soak at the end the control server's
 memory may grow by 2 MiB after the first third. In all windows every call must be answered, and every watcher must
 have had the same number of events, those counted that it was told to have lost.
 The exit code is 1 where one does not hold.
@@ -57,7 +59,7 @@ from tests.engine.tiny_model import write_model
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MOST_CPU: Final = 1.02
+MOST_CPU: Final = 0.02
 MOST_P99: Final = 1.05
 MOST_GROWTH_MIB: Final = 2.0
 N_BLOCKS: Final = 600
@@ -95,7 +97,8 @@ class Results:
             "arm": arm,
             "windows": len(windows),
             "engine_cores": sum(w.cpu_s for w in windows) / seconds,
-            "cpu_us_per_token": _cpu_us_per_token(windows),
+            "cpu_us_per_token": _us_per_token(windows, "cpu_s"),
+            "kvtier_us_per_token": _us_per_token(windows, "kvtier_cpu_s"),
             "steps": len(cpu_us),
             "control_cores": sum(w.control_cpu_s for w in windows) / seconds,
             "clients_cores": sum(w.clients_cpu_s for w in windows) / seconds,
@@ -127,14 +130,24 @@ class Results:
         found = [problem for window in self.windows for problem in window.problems()]
         base = self.row(BESIDE if BESIDE in self.arms else ALONE)
         called = self.row(CALLED)
-        for name, most in (("cpu_us_per_token", MOST_CPU), ("step_cpu_p99_us", MOST_P99)):
-            if (ratio := called[name] / base[name]) > most:
-                found.append(f"{name} is {ratio:.3f} times that of `{base['arm']}`")
+        if (rise := own_rise(called, base)) > MOST_CPU:
+            found.append(
+                f"kvtier uses {rise:.2%} more of the engine's time than in `{base['arm']}`"
+            )
+        if (ratio := called["step_cpu_p99_us"] / base["step_cpu_p99_us"]) > MOST_P99:
+            found.append(f"step_cpu_p99_us is {ratio:.3f} times that of `{base['arm']}`")
         return found
 
 
-def _cpu_us_per_token(windows: list[Window]) -> float:
-    return sum(w.cpu_s for w in windows) / sum(w.tokens for w in windows) * 1e6
+def own_rise(called: dict[str, Any], base: dict[str, Any]) -> float:
+    """By how much kvtier's own processor time per token has risen, of all that the engine uses per token."""
+    risen_us: float = called["kvtier_us_per_token"] - base["kvtier_us_per_token"]
+    return risen_us / float(base["cpu_us_per_token"])
+
+
+def _us_per_token(windows: list[Window], name: str) -> float:
+    seconds: float = sum(getattr(window, name) for window in windows)
+    return seconds / sum(window.tokens for window in windows) * 1e6
 
 
 class Sampler:
@@ -186,7 +199,7 @@ def main(
     """Measure what calls and watchers of the control API cost the engine.
 
     A tiny model is served; the same agents' turns are done without calls, with them, and with the same calls to
-    another control server. Exit code 1: a limit does not hold (+2 % processor time per token, +5 % p99 of a
+    another control server. Exit code 1: a limit does not hold (+2 % processor time per token by kvtier, +5 % p99 of a
     step's, +2 MiB of memory, every call answered, every event told or told to be lost).
     """
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -279,6 +292,8 @@ def show(
         for name in ("cpu_us_per_token", "step_cpu_p50_us", "step_cpu_p99_us", "step_wall_p99_us"):
             ratios = [f"{row[name] / base[name]:.3f}" for row in rows]
             table.add_row(f"{name}, of {base['arm']}", *ratios)
+        rises = [f"{own_rise(row, base):+.2%}" for row in rows]
+        table.add_row(f"kvtier's own rise over {base['arm']}", *rises)
     console.print(table)
     for arm in results.arms[1:]:
         ratios = " ".join(f"{ratio:.3f}" for ratio in sorted(results.ratios(arm)))

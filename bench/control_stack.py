@@ -76,7 +76,11 @@ class Child:
 
 @dataclass
 class Window:
-    """What one window brought; `calls` and `watchers` are what the clients found."""
+    """What one window brought; `calls` and `watchers` are what the clients found.
+
+    `kvtier_cpu_s` is what kvtier has used of the engine's `cpu_s`: its hooks, and the threads of ZeroMQ, of which one
+    is kvtier's and the others vLLM's.
+    """
 
     arm: str
     cpu_s: float
@@ -85,6 +89,7 @@ class Window:
     seconds: float
     turn_s: list[float]
     control_cpu_s: float
+    kvtier_cpu_s: float
     calls: dict[str, Any] = field(default_factory=dict)
     watchers: list[list[int]] = field(default_factory=list)
     clients_cpu_s: float = 0.0
@@ -156,19 +161,23 @@ class Stack:
     ) -> Window:
         engine = self.engine
         cpu_s, control_cpu_s = _cpu_s(engine), _cpu_s(self.control)
+        messages_s = _messages_cpu_s(engine)
         began_ns = time.monotonic_ns()
         if clients is not None:
             clients.go()
         agents.run()
         ended_ns = time.monotonic_ns()
+        steps = [s for s in read_steps(self._steps_file) if began_ns < s.ended_ns <= ended_ns]
+        messages_s = _messages_cpu_s(engine) - messages_s
         return Window(
             arm=arm,
             cpu_s=_cpu_s(engine) - cpu_s,
             tokens=work.output_tokens_a_window,
-            steps=[s for s in read_steps(self._steps_file) if began_ns < s.ended_ns <= ended_ns],
+            steps=steps,
             seconds=(ended_ns - began_ns) / 1e9,
             turn_s=agents.turn_s,
             control_cpu_s=_cpu_s(self.control) - control_cpu_s,
+            kvtier_cpu_s=sum(step.hooks_ns for step in steps) / 1e9 + messages_s,
         )
 
     @contextmanager
@@ -235,3 +244,12 @@ class Clients:
 def _cpu_s(process: psutil.Process) -> float:
     times = process.cpu_times()
     return times.user + times.system
+
+
+def _messages_cpu_s(process: psutil.Process) -> float:
+    """Processor time of a process's ZeroMQ threads."""
+    total_ns = 0
+    for thread in Path(f"/proc/{process.pid}/task").iterdir():
+        if (thread / "comm").read_text().startswith("ZMQbg"):
+            total_ns += int((thread / "schedstat").read_text().split()[0])
+    return total_ns / 1e9

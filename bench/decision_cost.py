@@ -36,6 +36,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.agent_load import Agents, Load
+from bench.hooks import HOOKS
 from tests.engine.engine_spec import BLOCK_TOKENS, EngineSpec
 from tests.engine.scheduler_harness import STEP_S, Drive, Engine
 from tests.engine.virtual_tier import VirtualTier
@@ -48,18 +49,6 @@ AIM_FINISHED_US = 1000.0
 CALIBRATION_CALLS = 10_000
 CHUNK_TOKENS = 256
 """The default on GPUs."""
-
-# The connector's methods that vLLM's scheduler calls; `make_room` is called by its allocation.
-HOOKS = (
-    "on_new_request",
-    "get_num_new_matched_tokens",
-    "update_state_after_alloc",
-    "request_finished_all_groups",
-    "build_connector_meta",
-    "update_connector_output",
-    "has_pending_push_work",
-    "get_kv_connector_stats",
-)
 
 
 class Timers:

@@ -3,7 +3,8 @@
 For `--scheduler-cls bench.step_clock.TimedScheduler`, as `bench/control_load.py` does: a step lasts from the
 scheduler's call to the one that takes in the step's output, so everything that kvtier does in hooks is in it.
 Without asynchronous scheduling, steps do not overlap. One row a step goes to the file that `BENCH_STEPS_FILE`
-names, from the first step on: what that costs is part of every figure alike.
+names, from the first step on: what that costs is part of every figure alike. The processor time that the
+scheduler's thread spends in kvtier's hooks is told besides: unlike the whole process's, it is kvtier's alone.
 """
 
 from __future__ import annotations
@@ -14,23 +15,28 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bench.hooks import HOOKS
 from kvtier.scheduler import ProgramScheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 FILE_VARIABLE = "BENCH_STEPS_FILE"
-_ROW = struct.Struct("<5q")
+_ROW = struct.Struct("<6q")
 
 
 class Step(NamedTuple):
-    """One step; times in nanoseconds, `ended_ns` monotonic, `cpu_ns` of the whole process."""
+    """One step; times in nanoseconds, `ended_ns` monotonic.
+
+    Of processor time `cpu_ns` is the whole process's in the step, `hooks_ns` kvtier's hooks' since the last step.
+    """
 
     pid: int
     ended_ns: int
     wall_ns: int
     cpu_ns: int
     tokens: int
+    hooks_ns: int
 
 
 class TimedScheduler(ProgramScheduler):
@@ -43,6 +49,24 @@ class TimedScheduler(ProgramScheduler):
         self._file = path.open("ab", buffering=0)
         self._pid = os.getpid()
         self._begun = 0, 0
+        self._hooks_ns = 0
+        self._in_hook = False
+        for name in HOOKS:
+            setattr(self.connector, name, self._timed(getattr(self.connector, name)))
+
+    def _timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._in_hook:
+                return hook(*args, **kwargs)
+            self._in_hook = True
+            began_ns = time.thread_time_ns()
+            try:
+                return hook(*args, **kwargs)
+            finally:
+                self._hooks_ns += time.thread_time_ns() - began_ns
+                self._in_hook = False
+
+        return timed
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; a step begins."""
@@ -55,8 +79,10 @@ class TimedScheduler(ProgramScheduler):
         if n_tokens := scheduler_output.total_num_scheduled_tokens:
             wall_ns, cpu_ns = self._begun
             ended_ns, ended_cpu_ns = time.monotonic_ns(), time.process_time_ns()
-            row = self._pid, ended_ns, ended_ns - wall_ns, ended_cpu_ns - cpu_ns, n_tokens
+            wall_ns, cpu_ns = ended_ns - wall_ns, ended_cpu_ns - cpu_ns
+            row = self._pid, ended_ns, wall_ns, cpu_ns, n_tokens, self._hooks_ns
             self._file.write(_ROW.pack(*row))
+            self._hooks_ns = 0
         return outputs
 
 

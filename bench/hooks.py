@@ -1,0 +1,17 @@
+"""The methods of kvtier's connector that vLLM's scheduler calls: all that kvtier does on its thread.
+
+Besides them there is `make_room`, which its allocation calls where there is no free block.
+"""
+
+from typing import Final
+
+HOOKS: Final = (
+    "on_new_request",
+    "get_num_new_matched_tokens",
+    "update_state_after_alloc",
+    "request_finished_all_groups",
+    "build_connector_meta",
+    "update_connector_output",
+    "has_pending_push_work",
+    "get_kv_connector_stats",
+)
