@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 32
 CHUNK_TOKENS = 64
-AGING_S = 30
+AGING_S = 35
 _GIB = 1 << 30
 # A program may grow to this length when the KV memory allows it.
 _MODEL_TOKENS = 5600
