@@ -34,6 +34,7 @@ PATIENCE_S: Final = 1.0
 """A server that takes no page for so long has gone, or must ask again."""
 MAX_QUEUED: Final = 64
 """Messages that wait for a server that does not read."""
+_UNWRITABLE: Final = (TypeError, ValueError, OverflowError)
 
 
 class EngineLink(EngineEvents):
@@ -210,12 +211,8 @@ class EngineLink(EngineEvents):
 
     def _send(self, message: messages.ToServer) -> bool:
         """Send, or find that nobody listens (any more)."""
-        try:
-            frame = messages.encoder.encode(message)
-        except (TypeError, ValueError, OverflowError):
-            logger.exception("a message to the control server cannot be written, and is left out")
-            if isinstance(message, messages.Report):
-                self._lost += len(message.events) + message.lost
+        frame = self._frame(message)
+        if frame is None:
             return True
         try:
             self._socket.send(frame, zmq.NOBLOCK)
@@ -225,3 +222,25 @@ class EngineLink(EngineEvents):
             self._unfollowed()
             return False
         return True
+
+    def _frame(self, message: messages.ToServer) -> bytes | None:
+        """The message as bytes; what cannot be written is left out: a program of a page, else all of it."""
+        try:
+            return messages.encoder.encode(message)
+        except _UNWRITABLE:
+            logger.exception("a message to the control server cannot be written, and is left out")
+        if isinstance(message, messages.Report):
+            self._lost += len(message.events) + message.lost
+        if isinstance(message, messages.Programs):
+            # One of them must not hide the others, which the server would take for gone.
+            told = [state for state in message.programs if _is_writable(state)]
+            return messages.encoder.encode(msgspec.structs.replace(message, programs=told))
+        return None
+
+
+def _is_writable(state: messages.ProgramState) -> bool:
+    try:
+        messages.encoder.encode(state)
+    except _UNWRITABLE:
+        return False
+    return True

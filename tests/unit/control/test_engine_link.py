@@ -415,6 +415,16 @@ def test_what_cannot_be_written_is_lost_and_counted(rig: Rig, server: Server) ->
     rig.until(messages.Programs)
 
 
+def test_a_program_that_cannot_be_written_does_not_hide_the_others(
+    rig: Rig, server: Server
+) -> None:
+    for name in ("a", "b", "c"):
+        rig.engine.run(turn(f"r-{name}", prompt(30), session=name))
+    next(known for known in rig.link._programs.values() if known.key.name == "b").tool = "\ud800"
+    server.bind()
+    assert sorted(names([rig.follow()])) == ["a", "c"]
+
+
 def test_a_server_that_has_gone_is_found_again(rig: Rig, server: Server) -> None:
     server.bind()
     rig.follow()
