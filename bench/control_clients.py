@@ -32,7 +32,7 @@ END_S: Final = 60.0
 """Most time for watchers to see the end."""
 _PROGRAMS, _OBSERVABILITY = "/kvtier.v1.ProgramService/", "/kvtier.v1.ObservabilityService/"
 
-# Of 20 calls: what dashboards and agents ask, and one command for the engine in 20 (`--commands` of the bench).
+# What dashboards and agents ask; commands for the engine come in between (`--commands-every` of the bench).
 READS: Final = (
     *(["get"] * 9),
     *(["status"] * 4),

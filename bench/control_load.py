@@ -10,6 +10,9 @@ Windows take turns, so that drift of the machine cancels:
   beside  the same clients and watchers, with another control server and a stand-in for an engine: what is
           lost here is lost to the shared processors, not to kvtier
 
+Of the calls one in 100 is a command for the engine, so 10 a second: what the agents here would announce, two for
+each of their some 4 turns a second, and an operator's. The others are what dashboards and agents ask.
+
 The clients run on the same machine, so the engine's process is measured and not the clock: its processor time per
 output token, and per step (from vLLM's own scheduler, see bench/step_clock.py). Steps by the clock are shown too.
 
@@ -98,7 +101,8 @@ class Results:
             "windows": len(windows),
             "engine_cores": sum(w.cpu_s for w in windows) / seconds,
             "cpu_us_per_token": _us_per_token(windows, "cpu_s"),
-            "kvtier_us_per_token": _us_per_token(windows, "kvtier_cpu_s"),
+            "hooks_us_per_token": _us_per_token(windows, "hooks_cpu_s"),
+            "messages_us_per_token": _us_per_token(windows, "messages_cpu_s"),
             "steps": len(cpu_us),
             "control_cores": sum(w.control_cpu_s for w in windows) / seconds,
             "clients_cores": sum(w.clients_cpu_s for w in windows) / seconds,
@@ -141,7 +145,8 @@ class Results:
 
 def own_rise(called: dict[str, Any], base: dict[str, Any]) -> float:
     """By how much kvtier's own processor time per token has risen, of all that the engine uses per token."""
-    risen_us: float = called["kvtier_us_per_token"] - base["kvtier_us_per_token"]
+    own = "hooks_us_per_token", "messages_us_per_token"
+    risen_us: float = sum(called[name] - base[name] for name in own)
     return risen_us / float(base["cpu_us_per_token"])
 
 
@@ -182,7 +187,7 @@ def main(
         typer.Option(
             min=0, help="One call in N is a command for the engine; 0: none.", metavar="N"
         ),
-    ] = 20,
+    ] = 100,
     turns: Annotated[
         int, typer.Option(min=1, help="Turns of each of 8 agents in a window.", metavar="N")
     ] = 12,

@@ -44,7 +44,7 @@ class Traffic:
     clients: int = 8
     watchers: int = 16
     stuck: int = 1
-    commands_every: int = 20
+    commands_every: int = 100
 
 
 class Child:
@@ -78,8 +78,8 @@ class Child:
 class Window:
     """What one window brought; `calls` and `watchers` are what the clients found.
 
-    `kvtier_cpu_s` is what kvtier has used of the engine's `cpu_s`: its hooks, and the threads of ZeroMQ, of which one
-    is kvtier's and the others vLLM's.
+    Of the engine's `cpu_s` kvtier has used `hooks_cpu_s` in the scheduler's hooks; `messages_cpu_s` are the threads of
+    ZeroMQ, of which one is kvtier's and the others vLLM's.
     """
 
     arm: str
@@ -89,7 +89,8 @@ class Window:
     seconds: float
     turn_s: list[float]
     control_cpu_s: float
-    kvtier_cpu_s: float
+    hooks_cpu_s: float
+    messages_cpu_s: float
     calls: dict[str, Any] = field(default_factory=dict)
     watchers: list[list[int]] = field(default_factory=list)
     clients_cpu_s: float = 0.0
@@ -177,7 +178,8 @@ class Stack:
             seconds=(ended_ns - began_ns) / 1e9,
             turn_s=agents.turn_s,
             control_cpu_s=_cpu_s(self.control) - control_cpu_s,
-            kvtier_cpu_s=sum(step.hooks_ns for step in steps) / 1e9 + messages_s,
+            hooks_cpu_s=sum(step.hooks_ns for step in steps) / 1e9,
+            messages_cpu_s=messages_s,
         )
 
     @contextmanager

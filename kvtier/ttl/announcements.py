@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from kvtier.ttl.gaps import MIN_GAP_S, SurvivalCurve, lognormal_curve
@@ -30,6 +31,7 @@ class Announcement:
     curve: SurvivalCurve | None
 
 
+@lru_cache(maxsize=256)
 def announced_curve(p50_s: float | None, p90_s: float | None) -> SurvivalCurve | None:
     """A log-normal distribution with these quantiles; None without any.
 
