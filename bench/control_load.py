@@ -20,7 +20,8 @@ A processor that is shared makes the same instructions slower (caches, the sibli
 others are, by more than the limits here, and windows alike differ by tens of percent. So the limits are on `called`
 against `beside`, where as much goes on, and both are shown against `alone`. What kvtier itself uses of the engine's
 processor time, in the scheduler's hooks and in threads for messages, may grow by 2 % of all that the engine uses per
-token; p99 of a step's processor time by 5 %. The whole process's time per token is shown besides. In the soak at the end the control server's
+token, and the p99 of what its hooks take in a step by 5 % of the p99 of a step. The whole process's figures are shown
+besides. In the soak at the end the control server's
 memory may grow by 2 MiB after the first third. In all windows every call must be answered, and every watcher must
 have had the same number of events, those counted that it was told to have lost.
 The exit code is 1 where one does not hold.
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MOST_CPU: Final = 0.02
-MOST_P99: Final = 1.05
+MOST_P99: Final = 0.05
 MOST_GROWTH_MIB: Final = 2.0
 N_BLOCKS: Final = 600
 """Enough for all agents of a window: nobody has to make room, whose cost would vary."""
@@ -104,6 +105,7 @@ class Results:
             "hooks_us_per_token": _us_per_token(windows, "hooks_cpu_s"),
             "messages_us_per_token": _us_per_token(windows, "messages_cpu_s"),
             "steps": len(cpu_us),
+            "hooks_p99_us": percentile([s.hooks_ns / 1e3 for w in windows for s in w.steps], 99),
             "control_cores": sum(w.control_cpu_s for w in windows) / seconds,
             "clients_cores": sum(w.clients_cpu_s for w in windows) / seconds,
             "turn_p50_ms": percentile([t for w in windows for t in w.turn_s], 50) * 1e3,
@@ -138,8 +140,8 @@ class Results:
             found.append(
                 f"kvtier uses {rise:.2%} more of the engine's time than in `{base['arm']}`"
             )
-        if (ratio := called["step_cpu_p99_us"] / base["step_cpu_p99_us"]) > MOST_P99:
-            found.append(f"step_cpu_p99_us is {ratio:.3f} times that of `{base['arm']}`")
+        if (rise := p99_rise(called, base)) > MOST_P99:
+            found.append(f"kvtier's p99 in a step has risen by {rise:.2%} of a step's p99")
         return found
 
 
@@ -148,6 +150,12 @@ def own_rise(called: dict[str, Any], base: dict[str, Any]) -> float:
     own = "hooks_us_per_token", "messages_us_per_token"
     risen_us: float = sum(called[name] - base[name] for name in own)
     return risen_us / float(base["cpu_us_per_token"])
+
+
+def p99_rise(called: dict[str, Any], base: dict[str, Any]) -> float:
+    """By how much the p99 of kvtier's time in a step has risen, as a share of the p99 of a whole step."""
+    risen_us: float = called["hooks_p99_us"] - base["hooks_p99_us"]
+    return risen_us / float(base["step_cpu_p99_us"])
 
 
 def _us_per_token(windows: list[Window], name: str) -> float:
@@ -299,6 +307,8 @@ def show(
             table.add_row(f"{name}, of {base['arm']}", *ratios)
         rises = [f"{own_rise(row, base):+.2%}" for row in rows]
         table.add_row(f"kvtier's own rise over {base['arm']}", *rises)
+        rises = [f"{p99_rise(row, base):+.2%}" for row in rows]
+        table.add_row(f"kvtier's p99 in a step over {base['arm']}", *rises)
     console.print(table)
     for arm in results.arms[1:]:
         ratios = " ".join(f"{ratio:.3f}" for ratio in sorted(results.ratios(arm)))
