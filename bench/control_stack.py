@@ -44,7 +44,7 @@ class Traffic:
     clients: int = 8
     watchers: int = 16
     stuck: int = 1
-    commands_every: int = 100
+    commands_every: int = 20
 
 
 class Child:
