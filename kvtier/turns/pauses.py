@@ -150,6 +150,10 @@ class Pauses:
         self._stats.count("decisions", 1, "pause", decision.action, str(decision.reason))
         pinned_blocks, staging = 0, False
         if not shadow:
+            # A client that uses ids again: a prefetch may have pinned, or a command staged, the last bearer's turn.
+            if turn.request_id in self._pins:
+                self._release(turn.request_id, ReleaseCause.SUPERSEDED)
+            self._stager.cancel(turn.request_id)
             if pin:
                 strand = self._strand(turn, chain, stage=stage)
                 pinned_blocks = self._pin(

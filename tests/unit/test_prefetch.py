@@ -789,3 +789,36 @@ def test_it_is_told_and_logged() -> None:
     ask(engine)
     engine.run()
     assert told == [("r1", "accepted", "loading"), ("r1", "end", "loaded")]
+
+
+# -- request ids that are used again ---------------------------------------------------------------
+
+
+def test_a_prefetch_of_a_turn_whose_id_another_request_bears_now_keeps_nobody_from_pausing(
+    engine: MiniEngine,
+) -> None:
+    paused(engine, "again")
+    engine.add(turn("again", prompt(30, 500), session="other"))
+    assert ask(engine) == ("accepted", "loading")
+    engine.run()
+    pin = pin_of(engine, "again")
+    assert pin.program == handle(engine, "other"), "the turn that has ended last has the name"
+    assert_nothing_held(engine)
+
+
+def test_a_prefetch_does_not_go_on_with_another_programs_pin(engine: MiniEngine) -> None:
+    in_pieces(engine, 1)
+    paused(engine, "again")
+    engine.add(turn("again", prompt(30, 500), session="other"))
+    while not engine.running:
+        engine.step()
+    engine.workers.delay = 30
+    ask(engine)
+    step_until_copying(engine)
+    while not engine.half.pins.of_program(handle(engine, "other")):
+        engine.step()
+    blocks = pin_of(engine, "again").block_ids.tolist()
+    engine.run()
+    assert pin_of(engine, "again").block_ids.tolist() == blocks
+    assert ends(engine) == {"pin_ended": 1}
+    assert_nothing_held(engine)

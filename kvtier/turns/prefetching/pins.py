@@ -66,12 +66,13 @@ class PrefetchPins:
 
     def lives(self, prefetch: Prefetch) -> bool:
         """Whether the pin is there, or was not needed yet."""
-        return not prefetch.is_pinned or prefetch.key in self._pins
+        return not prefetch.is_pinned or self._pin(prefetch) is not None
 
     def grow(self, prefetch: Prefetch, block_ids: BlockIds, now_s: float) -> str:
         """Pin the turn's next blocks, one at least; or why not: `pin_ended`, `budget` or `tenant_budget`."""
-        pin, n_ready = self._pins.get(prefetch.key), prefetch.n_ready + len(block_ids)
-        if pin is None and (prefetch.is_pinned or prefetch.deadline_s <= now_s):
+        pin, n_ready = self._pin(prefetch), prefetch.n_ready + len(block_ids)
+        taken = pin is None and prefetch.key in self._pins
+        if taken or (pin is None and (prefetch.is_pinned or prefetch.deadline_s <= now_s)):
             return "pin_ended"
         if pin is not None:
             # A command may have moved it.
@@ -105,6 +106,11 @@ class PrefetchPins:
         prefetch.n_ready, prefetch.is_pinned = n_ready, True
         self._happenings.pinned(pin)
         return ""
+
+    def _pin(self, prefetch: Prefetch) -> Pin | None:
+        """The turn's pin, but not that of another program whose client has used the request's id again."""
+        pin = self._pins.get(prefetch.key)
+        return pin if pin is not None and pin.program == prefetch.program else None
 
     def adopt(self, prefetch: Prefetch, pin: Pin) -> None:
         """Go on with the turn's own pin, which keeps its head; it lasts no shorter than it was to."""
