@@ -7,13 +7,14 @@ millisecond; the same in numpy, some ten microseconds.
 from __future__ import annotations
 
 from array import array
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 BlockIds: TypeAlias = NDArray[np.int64]
 """Block ids in token order, shape (blocks,)."""
@@ -68,9 +69,14 @@ class BlockCounts:
         """The listed blocks, ascending."""
         return np.flatnonzero(self._counts).astype(np.int64)
 
-    def copy(self) -> NDArray[np.int32]:
-        """The counts by block id, to try something out."""
-        return self._counts.copy()
+    @contextmanager
+    def trial(self) -> Iterator[Trial]:
+        """Try something out; at the end all is as before. Takes as long as what is tried, however many blocks there are."""
+        trial = Trial(self)
+        try:
+            yield trial
+        finally:
+            trial.undo()
 
     def add(self, block_ids: BlockIds) -> BlockIds:
         """Count a list; returns the blocks that were not listed before."""
@@ -88,8 +94,41 @@ class BlockCounts:
         self.n_distinct -= len(gone)
         return gone
 
+    def shift(self, block_ids: BlockIds, step: int) -> NDArray[np.int32]:
+        """Add `step` to the count of each block, for a `Trial`; returns the counts."""
+        counts: NDArray[np.int32] = self.of(block_ids) + np.int32(step)
+        self._counts[block_ids] = counts
+        return counts
+
     def _grow(self, n_blocks: int) -> None:
         """Count more blocks: the size of the pool need not be known."""
         grown = np.zeros(max(n_blocks, 2 * len(self._counts)), dtype=np.int32)
         grown[: len(self._counts)] = self._counts
         self._counts = grown
+
+
+class Trial:
+    """Changes of counts that are taken back; `BlockCounts.n_distinct` does not know of them."""
+
+    def __init__(self, counts: BlockCounts) -> None:
+        self._counts = counts
+        self._done: list[tuple[BlockIds, int]] = []
+
+    def add(self, block_ids: BlockIds) -> None:
+        """Count a list."""
+        self._shift(block_ids, 1)
+
+    def remove(self, block_ids: BlockIds) -> int:
+        """Take a list out again; returns how many blocks are listed no more."""
+        return int(np.count_nonzero(self._shift(block_ids, -1) == 0))
+
+    def undo(self) -> None:
+        """Take everything back."""
+        for block_ids, step in self._done:
+            self._counts.shift(block_ids, -step)
+        self._done.clear()
+
+    def _shift(self, block_ids: BlockIds, step: int) -> NDArray[np.int32]:
+        counts = self._counts.shift(block_ids, step)
+        self._done.append((block_ids, step))
+        return counts

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -47,7 +47,9 @@ AHEAD_TURNS: Final = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64])
 MAX_TURNS: Final = 512
 """Longer episodes are alike."""
 STALE_S: Final = 1.0
-"""``S`` is estimated anew at most so often."""
+"""``S`` is estimated anew at most so often, and what many programs will want is summed up anew."""
+EXACT: Final = 256
+"""Up to so many programs are summed up each time."""
 DECAY: Final = 0.98
 _PRIOR: Final = lognormal_curve(PRIOR_MEDIAN_TURNS, PRIOR_P90_TURNS)
 _ROUNDING: Final = 1e-9
@@ -106,6 +108,20 @@ class _Rows(Generic[Key]):
         """Figures, shape (7, programs)."""
         return self._figures[: len(self._keys)].T
 
+    def of(self, keys: Sequence[Key]) -> _Floats:
+        """Figures of some programs, shape (7, programs)."""
+        found: _Floats = self._figures[[self._at[key] for key in keys]].T
+        return found
+
+    @property
+    def keys(self) -> Sequence[Key]:
+        """The programs, in the order of the columns."""
+        return self._keys
+
+    def __contains__(self, key: Key) -> bool:
+        """Whether the program has a row."""
+        return key in self._at
+
     def put(self, key: Key, figures: tuple[float, ...]) -> None:
         """Write a program's row."""
         at = self._at.get(key)
@@ -148,7 +164,9 @@ class _Mean:
 class DemandForecast(Generic[Key]):
     """Watches programs grow, and says what they will want.
 
-    An event costs O(1). A forecast costs O(programs in an episode), in numpy, and more once a second.
+    An event costs O(1). A forecast costs O(programs in an episode), in numpy, and more once a second. Of more than
+    `EXACT` programs it looks in between only at those to which something has happened: the others are as they were up to
+    `STALE_S` ago.
     """
 
     def __init__(self) -> None:
@@ -160,6 +178,11 @@ class DemandForecast(Generic[Key]):
         self._gap_s = _Mean()
         self._lasting = self._estimate()
         self._estimated_s = float("-inf")
+        # What each of many programs will want, their sum, for which limit, and whose change it does not know of.
+        self._terms: dict[Key, _Floats] = {}
+        self._sum: _Floats | None = None
+        self._sum_most_blocks = math.inf
+        self._changed: dict[Key, None] = {}
 
     def __len__(self) -> int:
         """Return the number of programs in an episode."""
@@ -173,7 +196,7 @@ class DemandForecast(Generic[Key]):
         if not known.running and not known.waiting:
             self._gap_s.add(max(0.0, now_s - known.paused_s))
         known.waiting += 1
-        self._rows.put(program, known.figures())
+        self._put(program, known)
 
     def turn_starts(self, program: Key, context_blocks: int, now_s: float) -> None:
         """A turn has its blocks; with the first one the episode begins."""
@@ -182,7 +205,7 @@ class DemandForecast(Generic[Key]):
         known.waiting = max(0, known.waiting - 1)
         known.running += 1
         known.began_s = now_s
-        self._rows.put(program, known.figures())
+        self._put(program, known)
 
     def turn_ends(
         self, program: Key, context_blocks: int, now_s: float, *, goes_on: bool, gap_s: float
@@ -214,7 +237,7 @@ class DemandForecast(Generic[Key]):
             self._ended_turns.append(known.turns)
             self.program_ends(program)
         else:
-            self._rows.put(program, known.figures())
+            self._put(program, known)
 
     def turn_vanishes(self, program: Key, now_s: float, *, started: bool) -> None:
         """A turn has gone and left nothing behind."""
@@ -226,12 +249,16 @@ class DemandForecast(Generic[Key]):
         else:
             known.waiting = max(0, known.waiting - 1)
         known.paused_s = now_s
-        self._rows.put(program, known.figures())
+        self._put(program, known)
 
     def program_ends(self, program: Key) -> None:
         """A program is over or forgotten; how long its episode would have been, nobody knows."""
-        self._programs.pop(program, None)
+        if self._programs.pop(program, None) is None:
+            return
         self._rows.drop(program)
+        self._changes(program)
+        if not self._programs:
+            self._forget_sum()
 
     def peak_blocks(self, new_blocks: int, now_s: float, most_blocks: float = math.inf) -> float:
         """The most blocks that are expected to be wanted at a time if one more program begins now.
@@ -244,16 +271,44 @@ class DemandForecast(Generic[Key]):
         if now_s - self._estimated_s >= STALE_S:
             self._estimated_s = now_s
             self._lasting = self._estimate()
-        pooled, turn_s, gap_s = self._growth_blocks.value, self._turn_s.value, self._gap_s.value
-        contexts, turns, grown, grown_turns, is_active, gaps, paused = self._rows.columns
+            self._sum = None
+        pooled = self._growth_blocks.value
+        # Its first turn runs, and nothing is known of its growth.
+        newcomer = np.array([[float(new_blocks)], [0.0], [0.0], [0.0], [1.0], [0.0], [0.0]])
+        own = self._wanted_by(newcomer, pooled, now_s, most_blocks)[0]
+        return float((self._wanted_by_all(pooled, now_s, most_blocks) + own).max())
+
+    def _wanted_by_all(self, pooled: float, now_s: float, most_blocks: float) -> _Floats:
+        """Blocks that all programs are expected to want, for each of `AHEAD_TURNS`."""
+        rows = self._rows
+        if len(self._programs) <= EXACT:
+            self._forget_sum()
+            return _sum(self._wanted_by(rows.columns, pooled, now_s, most_blocks))
+        if self._sum is None or self._sum_most_blocks != most_blocks:
+            wanted = self._wanted_by(rows.columns, pooled, now_s, most_blocks)
+            self._terms = dict(zip(rows.keys, wanted, strict=True))
+            self._sum, self._sum_most_blocks = _sum(wanted), most_blocks
+        elif self._changed:
+            left = [self._terms.pop(key) for key in self._changed if key in self._terms]
+            here = [key for key in self._changed if key in rows]
+            wanted = self._wanted_by(rows.of(here), pooled, now_s, most_blocks)
+            self._terms.update(zip(here, wanted, strict=True))
+            self._sum = self._sum + _sum(wanted) - np.sum(left, axis=0)
+        self._changed.clear()
+        return self._sum
+
+    def _wanted_by(
+        self, columns: _Floats, pooled: float, now_s: float, most_blocks: float
+    ) -> _Floats:
+        """Blocks that programs want in `AHEAD_TURNS`, by how likely they run then; (programs, ahead)."""
+        turn_s, gap_s = self._turn_s.value, self._gap_s.value
+        contexts, turns, grown, grown_turns, is_active, gaps, paused = columns
         growths = (grown + POOLED_TURNS * pooled) / (grown_turns + POOLED_TURNS)
         # Gaps have heavy tails: who has been away for long is expected to be away for as long again.
         away_s = np.where(is_active, gap_s, np.maximum(gaps, now_s - paused))
-        known = self._wanted(contexts, growths, turns.astype(np.int64), most_blocks)
-        contexts, growths = np.array([float(new_blocks)]), np.array([pooled])
-        new = self._wanted(contexts, growths, np.zeros(1, np.int64), most_blocks)
-        wanted = _share(turn_s, away_s) @ known + _share(turn_s, np.array([gap_s])) @ new
-        return float(wanted.max())
+        wanted = self._wanted(contexts, growths, turns.astype(np.int64), most_blocks)
+        shared: _Floats = _share(turn_s, away_s)[:, None] * wanted
+        return shared
 
     def _wanted(
         self, contexts: _Floats, growths: _Floats, turns: _Counts, most_blocks: float
@@ -265,6 +320,23 @@ class DemandForecast(Generic[Key]):
         grown = np.maximum(growths, 0.0)[:, None] * AHEAD_TURNS
         wanted: _Floats = np.minimum(contexts[:, None] + grown, most_blocks) * lasting
         return wanted
+
+    def _put(self, program: Key, known: _Program) -> None:
+        self._rows.put(program, known.figures())
+        self._changes(program)
+
+    def _changes(self, program: Key) -> None:
+        if self._sum is None:
+            return
+        self._changed[program] = None
+        if len(self._changed) > 2 * len(self._programs):
+            # Nobody asks any more.
+            self._forget_sum()
+
+    def _forget_sum(self) -> None:
+        self._sum = None
+        self._terms.clear()
+        self._changed.clear()
 
     def _estimate(self) -> _Floats:
         """``S`` of 0 to `MAX_TURNS` turns."""
@@ -282,6 +354,11 @@ class DemandForecast(Generic[Key]):
         lasting[beyond] *= (curve.last_s / turns[beyond]) ** curve.tail_alpha
         floored: _Floats = np.maximum(lasting, _ROUNDING)
         return floored
+
+
+def _sum(rows: _Floats) -> _Floats:
+    total: _Floats = rows.sum(axis=0)
+    return total
 
 
 def _share(turn_s: float, gaps_s: _Floats) -> _Floats:

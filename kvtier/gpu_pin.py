@@ -19,7 +19,6 @@ many pins share them) never exceed the budget.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
@@ -27,9 +26,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from kvtier.block_ids import BlockCounts, BlockIds, as_block_ids
+from kvtier.cheapest_first import CheapestFirst
+from kvtier.due_times import DueTimes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -100,12 +101,15 @@ class PinTable:
     _pins: dict[str, Pin] = field(default_factory=dict)
     _by_program: dict[str, dict[str, None]] = field(default_factory=dict)
     _holds: dict[str, BlockIds] = field(default_factory=dict)
+    # The hold that shares a pin's references, and the other way round.
     _shares: dict[str, str] = field(default_factory=dict)
+    _sharing: dict[str, str] = field(default_factory=dict)
     _written: set[str] = field(default_factory=set)
     _pinned: BlockCounts = field(default_factory=BlockCounts)
     _held: BlockCounts = field(default_factory=BlockCounts)
     _loose_blocks: int = 0
-    _next_deadline_s: float = math.inf
+    _deadlines: DueTimes[str] = field(default_factory=DueTimes)
+    _order: CheapestFirst[Pin] = field(default_factory=CheapestFirst)
 
     @property
     def pinned_blocks(self) -> int:
@@ -209,6 +213,7 @@ class PinTable:
         self.pool.acquire(block_ids)
         self._loose_blocks += len(fresh) - self._held.n_listed(fresh)
         pin.block_ids = np.concatenate((pin.block_ids, block_ids))
+        self._order.add(pin)
         return True
 
     def repin(self, pin: Pin) -> None:
@@ -222,13 +227,16 @@ class PinTable:
         self._loose_blocks += n_loose
         self._pins[pin.key] = pin
         self._by_program.setdefault(pin.program, {})[pin.key] = None
-        self._next_deadline_s = min(self._next_deadline_s, pin.deadline_s)
+        self._deadlines.set(pin.key, pin.deadline_s)
+        self._order.add(pin)
 
     def unpin(self, key: str, cause: ReleaseCause) -> Released | None:
         """End a pin; None when there is none (ending twice is harmless)."""
         pin = self._pins.pop(key, None)
         if pin is None:
             return None
+        self._deadlines.discard(key)
+        self._order.discard(pin)
         keys = self._by_program[pin.program]
         del keys[key]
         if not keys:
@@ -236,7 +244,10 @@ class PinTable:
         gone = self._pinned.remove(pin.block_ids)
         self._loose_blocks -= len(gone) - self._held.n_listed(gone)
         heir = self._shares.pop(key, None)
-        n_inherited = len(self._holds[heir]) if heir is not None else 0
+        n_inherited = 0
+        if heir is not None:
+            del self._sharing[heir]
+            n_inherited = len(self._holds[heir])
         if n_inherited < len(pin.block_ids):
             self.pool.release(pin.block_ids[n_inherited:])
         return Released(pin, cause)
@@ -247,8 +258,10 @@ class PinTable:
         Raises:
             KeyError: there is no such pin.
         """
-        self._pins[key].deadline_s = deadline_s
-        self._next_deadline_s = min(self._next_deadline_s, deadline_s)
+        pin = self._pins[key]
+        pin.deadline_s = deadline_s
+        self._deadlines.set(key, deadline_s)
+        self._order.add(pin)
 
     def unpin_program(self, program: str, cause: ReleaseCause) -> list[Released]:
         """End all pins of a program."""
@@ -257,12 +270,8 @@ class PinTable:
 
     def expire(self, now_s: float) -> list[Released]:
         """End the pins whose deadline has passed; free when none has."""
-        if now_s < self._next_deadline_s:
-            return []
-        keys = [key for key, pin in self._pins.items() if pin.deadline_s <= now_s]
-        released = [released for key in keys if (released := self.unpin(key, ReleaseCause.TTL))]
-        self._next_deadline_s = min((p.deadline_s for p in self._pins.values()), default=math.inf)
-        return released
+        due = self._deadlines.take_due(now_s)
+        return [released for key in due if (released := self.unpin(key, ReleaseCause.TTL))]
 
     def reclaimable_blocks(self) -> int:
         """Blocks that would become free if all pins ended: those that nobody else references.
@@ -278,9 +287,15 @@ class PinTable:
         """Whether ending this pin would free nothing now, as copies read all of its blocks."""
         return bool(self._held.listed(pin.block_ids).all())
 
-    def in_release_order(self, regret: Callable[[Pin], float]) -> list[Pin]:
-        """Pins by ascending regret per block, ties by the earlier deadline."""
-        return sorted(self._pins.values(), key=lambda pin: (regret(pin), pin.deadline_s))
+    def in_release_order(
+        self, regret: Callable[[Pin], float], now_s: float | None = None
+    ) -> Iterator[Pin]:
+        """Pins by ascending regret per block, ties by the earlier deadline.
+
+        Those that end meanwhile are left out. With ``now_s``, the order of many pins may be a second old, but for
+        those that come first, see `CheapestFirst`; without, it is exact.
+        """
+        return self._order.walk(lambda pin: (regret(pin), pin.deadline_s), now_s)
 
     def to_end_for(
         self, block_ids: Sequence[int] | BlockIds, order: Callable[[], Iterable[Pin]]
@@ -303,15 +318,14 @@ class PinTable:
         if not self._pins:
             return None
         chosen: list[Pin] = []
-        left = self._pinned.copy()
-        # Blocks that would be pinned anew stay, as do those that other pins share.
-        left[ids] += 1
-        for pin in order():
-            chosen.append(pin)
-            left[pin.block_ids] -= 1
-            excess -= int(np.count_nonzero(left[pin.block_ids] == 0))
-            if excess <= 0:
-                return chosen
+        with self._pinned.trial() as trial:
+            # Blocks that would be pinned anew stay, as do those that other pins share.
+            trial.add(ids)
+            for pin in order():
+                chosen.append(pin)
+                excess -= trial.remove(pin.block_ids)
+                if excess <= 0:
+                    return chosen
         return None
 
     def hold(
@@ -347,7 +361,7 @@ class PinTable:
             and pin.key not in self._shares
             and np.array_equal(pin.block_ids[: len(ids)], ids)
         ):
-            self._shares[pin.key] = key
+            self._shares[pin.key], self._sharing[key] = key, pin.key
         elif not owned and (owner is None or not self.pool.take_over(owner, ids)):
             self.pool.acquire(ids)
         if written:
@@ -362,7 +376,7 @@ class PinTable:
             return
         self._written.discard(key)
         self._loose_blocks += self._pinned.n_listed(self._held.remove(ids))
-        sharing = next((pin for pin, hold in self._shares.items() if hold == key), None)
+        sharing = self._sharing.pop(key, None)
         if sharing is not None:
             del self._shares[sharing]
         else:

@@ -47,7 +47,7 @@ class SchedulerHalf(SchedulerParts):
         # A client that uses an id again: what its last bearer has left ends.
         self.endings.unpin(request.request_id, ReleaseCause.SUPERSEDED)
         self.stager.cancel(request.request_id)
-        turn, start = self.arrivals.take(request, now_s, sum(self._waiting_tokens.values()))
+        turn, start = self.arrivals.take(request, now_s, self._waiting_tokens.total)
         self.prefetcher.returned(turn.program, now_s)
         self._turns[request.request_id] = turn
         if start.matched_by != "repeat":
@@ -56,7 +56,7 @@ class SchedulerHalf(SchedulerParts):
             ended = (start.gap.ended_request_id,) if start.gap is not None else ()
             self.policy.ttl.announcements.turns_over(turn.program, (*over, *ended))
         self._happenings.turn_started(turn, start)
-        self._waiting_tokens[request.request_id] = request.num_tokens
+        self._waiting_tokens.add(request.request_id, request.num_tokens)
         self.admission.on_arrival(
             request.request_id,
             turn.program,
@@ -127,7 +127,7 @@ class SchedulerHalf(SchedulerParts):
             self.reader.release(request.request_id)
         if not turn.started:
             turn.started = True
-            self._waiting_tokens.pop(request.request_id, None)
+            self._waiting_tokens.remove(request.request_id)
             self.policy.observe_wait(turn.predicted_wait_s, now_s - turn.arrived_s)
             self.admission.on_started(request.request_id)
             self.deferrals.started()
@@ -148,7 +148,7 @@ class SchedulerHalf(SchedulerParts):
 
     def _finished(self, request: Any, block_ids: Sequence[int]) -> dict[str, Any] | None:
         self.reader.request_gone(request.request_id)
-        self._waiting_tokens.pop(request.request_id, None)
+        self._waiting_tokens.remove(request.request_id)
         self.deferrals.finished(request.request_id)
         self.room.forget(request.request_id)
         self.room.given_back()

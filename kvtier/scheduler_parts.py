@@ -34,6 +34,7 @@ from kvtier.turns.returns import Returns
 from kvtier.turns.room import Room
 from kvtier.turns.staging import Stager
 from kvtier.turns.step_times import StepTimes
+from kvtier.turns.waiting_tokens import WaitingTokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,7 +96,7 @@ class SchedulerParts:
         self._turns: dict[str, Turn] = {}
         self._order_ids = OrderIds()
         self._steps = StepTimes()
-        self._waiting_tokens: dict[str, int] = {}
+        self._waiting_tokens = WaitingTokens()
         self._running_requests = 0
         self.deferrals = Deferrals(admission, self._admission_view, stats)
         self.reader = TierReader(
@@ -178,7 +179,7 @@ class SchedulerParts:
             self.live_mode,
             order_ids=self._order_ids,
             is_active=lambda program: any(t.program == program for t in self._turns.values()),
-            waiting_tokens=lambda: sum(self._waiting_tokens.values()),
+            waiting_tokens=lambda: self._waiting_tokens.total,
             is_short=lambda: self.room.is_short,
             charges=self._charges,
             terms=self._terms,
@@ -194,7 +195,7 @@ class SchedulerParts:
             self.policy,
             self.live_mode,
             self.stats,
-            lambda: sum(self._waiting_tokens.values()),
+            lambda: self._waiting_tokens.total,
         ).set
         self.answers = Answers(
             self.facts,
@@ -265,7 +266,7 @@ class SchedulerParts:
     @property
     def waiting(self) -> tuple[int, int]:
         """Requests that wait for their blocks, and their tokens."""
-        return len(self._waiting_tokens), sum(self._waiting_tokens.values())
+        return len(self._waiting_tokens), self._waiting_tokens.total
 
     @property
     def running_requests(self) -> int:

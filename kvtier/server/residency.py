@@ -20,49 +20,17 @@ is committed; when an engine is gone its locks and reservations are gone too.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvtier.server.eviction_order import EvictionOrder, StoredProgram
 from kvtier.server.l1_store import ChunkId, L1Store
 from kvtier.wire import split_keys
 
 if TYPE_CHECKING:
     from kvtier.backend import Activity
 
-DISPLACE_MARGIN = 1.25
-"""A leased program is displaced only by one worth this much more per byte: no thrash between equals."""
 EVICTION_STEPS = 8
-IDLE_SCALE_S = 10.0
-"""Unused for so long, KV is worth half. The chance that a program returns in the next moment falls like one over
-the time that it has been away, as gaps have heavy tails; and who waits in a queue for long is last in it."""
-RUNNING_WORTH = 0.1
-"""Part of its worth that a copy keeps while the program runs: its KV is in GPU memory then, and comes from
-there when it pauses. Not nothing, as copying it again takes the link's time."""
-
-
-@dataclass(slots=True)
-class _Program:
-    keys: list[bytes] = field(default_factory=list)
-    density: float = 0.0
-    lease_until_s: float = 0.0
-    used_s: float = 0.0
-    slot_bytes: int = 1
-    ranks: int = 1
-    activity: Activity = "paused"
-    active_on: str = ""
-
-    def worth(self, now_s: float) -> float:
-        """Value per byte, while the program pauses the less the longer it does, seconds/byte."""
-        match self.activity:
-            case "running":
-                return self.density * RUNNING_WORTH
-            case "waiting":
-                return self.density
-        return self.density / (1.0 + max(0.0, now_s - self.used_s) / IDLE_SCALE_S)
-
-    def is_leased(self, now_s: float) -> bool:
-        """Whether it goes only for something of more worth."""
-        return self.lease_until_s > now_s or self.activity == "waiting"
 
 
 @dataclass(slots=True)
@@ -92,7 +60,7 @@ class ResidencyTable:
 
     def __init__(self, store: L1Store) -> None:
         self._store = store
-        self._programs: dict[tuple[str, str], _Program] = {}
+        self._programs: dict[tuple[str, str], StoredProgram] = {}
         self._refs: dict[tuple[str, bytes], int] = {}
         # Ranks and slot bytes of each chunk: outlives the program that told them.
         self._sizes: dict[tuple[str, bytes], tuple[int, int]] = {}
@@ -101,6 +69,7 @@ class ResidencyTable:
         self._locks: dict[tuple[str, int], _Lock] = {}
         self._locked: dict[tuple[str, bytes], int] = {}
         self._reservations: dict[tuple[str, int], _Reservation] = {}
+        self._order = EvictionOrder(self._programs)
         self.evicted_chunks = 0
 
     # -- reading -----------------------------------------------------------------------------------
@@ -135,6 +104,7 @@ class ResidencyTable:
         record = self._programs.get((namespace, program))
         if record is not None:
             record.used_s = now_s
+            self._order.place((namespace, program), now_s)
         if hit:
             self._locks[owner, lookup_id] = _Lock(namespace, chain[:hit], 0, ranks)
         return hit, slots
@@ -224,9 +194,10 @@ class ResidencyTable:
 
     def drop(self, namespace: str, program: str) -> None:
         """Forget a program; free what only it referenced and nobody reads."""
-        record = self._programs.pop((namespace, program), None)
+        record = self._programs.get((namespace, program))
         if record is None:
             return
+        self._remove((namespace, program))
         for key in reversed(record.keys):
             self._unref((namespace, key))
             if (namespace, key) in self._orphans and not self._locked.get((namespace, key)):
@@ -240,12 +211,14 @@ class ResidencyTable:
         # That it pauses in one engine says nothing of another, to which its client has turned.
         if record is not None and (activity != "paused" or record.active_on == owner):
             record.activity, record.active_on, record.used_s = activity, owner, now_s
+            self._order.place((namespace, program), now_s)
 
     def owner_gone(self, owner: str) -> None:
         """An engine died: release its locks, discard its reservations. Its chains stay for others."""
-        for record in self._programs.values():
+        for ref, record in self._programs.items():
             if record.active_on == owner:
                 record.activity = "paused"
+                self._order.place(ref, record.used_s)
         for ref in [ref for ref in self._locks if ref[0] == owner]:
             lock = self._locks.pop(ref)
             self._unlock(lock, lock.keys)
@@ -280,7 +253,7 @@ class ResidencyTable:
             self._locked.pop(chunk, None)
 
     def _set_chain(self, res: _Reservation, keys: list[bytes], now_s: float) -> None:
-        record = self._programs.setdefault((res.namespace, res.program), _Program())
+        record = self._programs.setdefault((res.namespace, res.program), StoredProgram())
         old = record.keys
         common = 0
         while common < min(len(old), len(keys)) and old[common] == keys[common]:
@@ -297,6 +270,11 @@ class ResidencyTable:
         record.density = _density(res.value_s, res.keys, res.slot_bytes, res.ranks)
         record.lease_until_s = now_s + res.lease_s
         record.used_s, record.slot_bytes, record.ranks = now_s, res.slot_bytes, res.ranks
+        self._order.place((res.namespace, res.program), now_s)
+
+    def _remove(self, ref: tuple[str, str]) -> None:
+        del self._programs[ref]
+        self._order.remove(ref)
 
     def _unref(self, chunk: tuple[str, bytes]) -> None:
         count = self._refs.get(chunk, 0) - 1
@@ -328,26 +306,31 @@ class ResidencyTable:
         """Free at least something towards `need_bytes`, cheapest first; False when nothing may go."""
         own, own_keys = protect
         freed = 0
-        for chunk in list(self._orphans):
-            if freed >= need_bytes:
-                return True
-            if not self._locked.get(chunk) and not (chunk[0] == own[0] and chunk[1] in own_keys):
-                freed += self._free(chunk)
-                self.evicted_chunks += 1
-        victims = sorted(
-            (
-                (record.worth(now_s), record.used_s, ref)
-                for ref, record in self._programs.items()
-                if ref != own
-                and (not record.is_leased(now_s) or record.worth(now_s) * DISPLACE_MARGIN < density)
-            ),
-            key=lambda victim: victim[:2],
-        )
-        for *_, ref in victims:
-            if freed >= need_bytes:
-                break
-            freed += self._evict_tail(ref, need_bytes - freed, own[0], own_keys)
+        for chunk in self._orphans_for(need_bytes, own[0], own_keys):
+            freed += self._free(chunk)
+            self.evicted_chunks += 1
+        if freed >= need_bytes:
+            return True
+        for ref in self._order.victims(density, now_s):
+            if ref != own:
+                freed += self._evict_tail(ref, need_bytes - freed, own[0], own_keys)
+                if freed >= need_bytes:
+                    break
         return freed > 0
+
+    def _orphans_for(
+        self, need_bytes: int, own_ns: str, own_keys: set[bytes]
+    ) -> list[tuple[str, bytes]]:
+        """The oldest chunks without a program that may go, as many as are wanted."""
+        chosen: list[tuple[str, bytes]] = []
+        for chunk in self._orphans:
+            if need_bytes <= 0:
+                break
+            if not self._locked.get(chunk) and not (chunk[0] == own_ns and chunk[1] in own_keys):
+                chosen.append(chunk)
+                ranks, slot_bytes = self._sizes[chunk]
+                need_bytes -= ranks * slot_bytes
+        return chosen
 
     def _evict_tail(
         self, ref: tuple[str, str], need_bytes: int, own_ns: str, own_keys: set[bytes]
@@ -364,7 +347,7 @@ class ResidencyTable:
                 freed += self._free(chunk)
                 self.evicted_chunks += 1
         if not record.keys:
-            del self._programs[ref]
+            self._remove(ref)
         return freed
 
 

@@ -112,7 +112,7 @@ class LivePolicy:
         """Pins in the order in which they end, those of least regret first, until the rest fits the share."""
         if fraction is None or self._pins.pinned_blocks <= self._blocks(fraction):
             return []
-        return self._pins.in_release_order(self._regret)
+        return list(self._pins.in_release_order(self._regret))
 
     def _blocks(self, fraction: float) -> int:
         return int(fraction * self._total_blocks)

@@ -125,7 +125,9 @@ class Pauses:
         expected_s = (curve or self._policy.ttl.away(call.tool)).quantile(0.5)
         displaceable = self._pins.to_end_for(
             blocks,
-            lambda: self._pins.in_release_order(lambda pin: self.regret_s_per_block(pin, now_s)),
+            lambda: self._pins.in_release_order(
+                lambda pin: self.regret_s_per_block(pin, now_s), now_s
+            ),
         )
         facts = self._pause_facts(
             turn.program,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kvtier.gpu_pin import Pin, PinTable, ReleaseCause
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from kvtier.gpu_pin import Released
     from kvtier.turns.block_pool import VllmBlockPool
@@ -94,10 +94,9 @@ class Room:
                     return result
             if self._is_futile(request.request_id, need_blocks()):
                 return None
-        order = self._pins.in_release_order(regret_s_per_block)
-        order.sort(key=lambda pin: (pin.program == own_program, self._pins.is_all_held(pin)))
+        order = self._pins.in_release_order(regret_s_per_block, now_s)
         ended: list[Released] = []
-        for pin in order:
+        for pin in self._own_and_held_last(order, own_program):
             released = self._pins.unpin(pin.key, ReleaseCause.PRESSURE)
             if released is None:
                 continue
@@ -118,6 +117,19 @@ class Room:
             return None
         self._note(*ended)
         return result
+
+    def _own_and_held_last(self, order: Iterable[Pin], own_program: str | None) -> Iterator[Pin]:
+        held: list[Pin] = []
+        own: list[Pin] = []
+        for pin in order:
+            if pin.program == own_program:
+                own.append(pin)
+            elif self._pins.is_all_held(pin):
+                held.append(pin)
+            else:
+                yield pin
+        yield from held
+        yield from sorted(own, key=self._pins.is_all_held)
 
     def given_back(self) -> None:
         """A request has returned its blocks: what pins share with it may have become theirs alone."""

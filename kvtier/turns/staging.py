@@ -13,6 +13,7 @@ reservation is discarded.
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from kvtier.backend import (
@@ -82,6 +83,7 @@ class Stager:
         self._order_ids = next_order_id
         self._confirmed = confirmed
         self._jobs: OrderedDict[str, StageJob] = OrderedDict()
+        self._jobs_of: dict[str, dict[str, StageJob]] = {}
         self._by_reserve: dict[int, Split] = {}
         self._by_order: dict[int, Split] = {}
         self._by_commit: dict[int, Split] = {}
@@ -144,7 +146,7 @@ class Stager:
         done = self.copies.chunks_of(program, chain)
         if done >= len(chain):
             return False
-        for other in [j for j in self._jobs.values() if j.program == program]:
+        for other in list(self._jobs_of.get(program, {}).values()):
             end = len(other.chain)
             if end <= len(chain) and (
                 end == 0 or other.chain.marks[end - 1] == chain.marks[end - 1]
@@ -153,9 +155,8 @@ class Stager:
         blocks = as_block_ids(block_ids)[: len(chain) * self._chunk_blocks]
         self._pins.hold(f"stage:{key}", blocks, share=key, owner=owner)
         strand = self.copies.strands.take(program, chain)
-        self._jobs[key] = StageJob(
-            key, program, strand, chain, blocks, value_s, lease_s, done, len(chain)
-        )
+        job = StageJob(key, program, strand, chain, blocks, value_s, lease_s, done, len(chain))
+        self._jobs[key] = self._jobs_of.setdefault(program, {})[key] = job
         return True
 
     def is_staging(self, key: str) -> bool:
@@ -164,11 +165,10 @@ class Stager:
 
     def cancel(self, key: str) -> None:
         """Give the job's blocks back now; discard what its running copies write."""
-        job = self._jobs.pop(key, None)
-        if job is None:
-            return
-        job.cancelled = True
-        self._pins.unhold(f"stage:{key}")
+        job = self._jobs.get(key)
+        if job is not None:
+            job.cancelled = True
+            self._end(job)
 
     def cancel_all(self) -> None:
         """Cancel every job."""
@@ -264,12 +264,15 @@ class Stager:
     def _reserve_next(self) -> None:
         """One split of each job in turn, as long as there may be more in flight."""
         in_flight = len(self._by_reserve) + len(self._by_order)
-        jobs = [job for job in self._jobs.values() if job.next_chunk < job.end_chunk]
-        while jobs and in_flight < self._max_in_flight:
-            for job in jobs[: self._max_in_flight - in_flight]:
+        while in_flight < self._max_in_flight:
+            # Of many jobs, those behind the last whose turn it is are not looked at.
+            waiting = (job for job in self._jobs.values() if job.next_chunk < job.end_chunk)
+            jobs = list(islice(waiting, self._max_in_flight - in_flight))
+            if not jobs:
+                break
+            for job in jobs:
                 self._reserve(job)
-                in_flight += 1
-            jobs = [job for job in jobs if job.next_chunk < job.end_chunk]
+            in_flight += len(jobs)
 
     def _reserve(self, job: StageJob) -> None:
         end = min(job.next_chunk + self._split_chunks, job.end_chunk)
@@ -366,8 +369,15 @@ class Stager:
     def _end_if_done(self, job: StageJob) -> None:
         done = job.next_chunk >= job.end_chunk and not job.open and not job.n_commits
         if done and self._jobs.get(job.key) is job:
-            del self._jobs[job.key]
-            self._pins.unhold(f"stage:{job.key}")
+            self._end(job)
+
+    def _end(self, job: StageJob) -> None:
+        del self._jobs[job.key]
+        of_program = self._jobs_of[job.program]
+        del of_program[job.key]
+        if not of_program:
+            del self._jobs_of[job.program]
+        self._pins.unhold(f"stage:{job.key}")
 
     def _fail(self, job: StageJob, reason: str) -> None:
         if not job.cancelled:

@@ -467,9 +467,9 @@ def test_a_tool_announced_to_take_long_has_the_kv_staged_before_it_is_given_up(r
     agent_turn(rig, hints={"stage": False})
     evictable = rig.engine.pool.get_num_free_blocks()
     # Memory is short from now on: what waits makes a pin dear.
-    rig.engine.half._waiting_tokens["other"] = 10_000
+    rig.engine.half._waiting_tokens.add("other", 10_000)
     answer = rig.do(messages.ToolCallCommand, tool="train", p50_s=120.0)
-    del rig.engine.half._waiting_tokens["other"]
+    rig.engine.half._waiting_tokens.remove("other")
     assert answer.outcome == "accepted"
     assert "offload" in answer.detail
     rig.engine.run()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtier.demand_forecast import AHEAD_TURNS, STALE_S, DemandForecast
+from kvtier.demand_forecast import AHEAD_TURNS, EXACT, STALE_S, DemandForecast
 
 
 def turn(
@@ -154,6 +155,71 @@ def test_the_estimate_is_made_anew_once_a_second_at_most() -> None:
     assert n_made == 1
     forecast.peak_blocks(1, 101.0)
     assert n_made == 2
+
+
+def crowd(n_programs: int) -> DemandForecast[str]:
+    """Programs of one turn each, at time 10."""
+    forecast: DemandForecast[str] = DemandForecast()
+    for i in range(n_programs):
+        turn(forecast, f"p{i}", (10 + i, 20 + i))
+    return forecast
+
+
+def test_of_many_programs_those_are_looked_at_to_which_something_has_happened() -> None:
+    forecast = crowd(5000)
+    looked_at = 0
+    wanted = forecast._wanted_by
+
+    def counted(columns: Any, *rest: Any) -> Any:
+        nonlocal looked_at
+        looked_at += columns.shape[1]
+        return wanted(columns, *rest)
+
+    forecast._wanted_by = counted  # type: ignore[method-assign]
+    forecast.peak_blocks(1, 100.0)
+    assert looked_at == 5000 + 1
+    looked_at = 0
+    for i in range(100):
+        forecast.turn_waits(f"p{i}", 100.0 + i / 1000)
+        forecast.turn_starts(f"p{i}", 40, 100.0 + i / 1000)
+        forecast.program_ends(f"p{i + 1000}")
+        forecast.peak_blocks(1, 100.0 + i / 1000)
+    assert looked_at == 100 * 2
+    forecast.peak_blocks(1, 100.0 + STALE_S)
+    assert looked_at == 100 * 2 + 4900 + 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32))
+def test_the_sum_of_many_is_what_it_would_be_if_it_were_made_anew(seed: int) -> None:
+    chance = random.Random(seed)
+    forecast = crowd(3 * EXACT)
+    forecast.peak_blocks(1, 100.0)
+    for _ in range(chance.randrange(30)):
+        program = f"p{chance.randrange(4 * EXACT)}"
+        match chance.randrange(3):
+            case 0:
+                # The means that all share have not changed.
+                forecast.turn_waits(program, 100.0)
+                forecast._gap_s = type(forecast._gap_s)()
+            case 1:
+                forecast.turn_starts(program, chance.randrange(500), 100.0)
+            case _:
+                forecast.program_ends(program)
+        if chance.random() < 0.5:
+            forecast.peak_blocks(1, 100.0)
+    kept = forecast.peak_blocks(1, 100.0)
+    forecast._forget_sum()
+    assert kept == pytest.approx(forecast.peak_blocks(1, 100.0), rel=1e-9)
+
+
+def test_a_sum_that_nobody_asks_for_is_not_kept() -> None:
+    forecast = crowd(3 * EXACT)
+    forecast.peak_blocks(1, 100.0)
+    for i in range(10 * EXACT):
+        turn(forecast, f"n{i}", (10, 20), at_s=100.0, goes_on=False)
+    assert not forecast._terms
+    assert not forecast._changed
 
 
 _EVENTS = (

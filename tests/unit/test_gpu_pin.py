@@ -162,6 +162,28 @@ def test_release_order_is_by_regret_then_deadline(pins: PinTable) -> None:
     assert [p.key for p in pins.in_release_order(lambda p: regret[p.key])] == ["c", "a", "b"]
 
 
+def test_of_many_pins_only_those_are_valued_that_come_first() -> None:
+    pool, n_pins = CountingPool(), 3000
+    table = PinTable(pool, 4 * n_pins)
+    for i in range(n_pins):
+        table.pin(f"r{i}", f"p{i}", [2 * i, 2 * i + 1], now_s=0.0, ttl_s=50.0)
+    valued = 0
+
+    def regret(pin: Pin) -> float:
+        nonlocal valued
+        valued += 1
+        return float(pin.key[1:])
+
+    for i in range(100):
+        table.budget_blocks = table.pinned_blocks
+        blocks = [2 * n_pins + i]
+        chosen = table.to_end_for(blocks, lambda: table.in_release_order(regret, 10.0))
+        assert chosen is not None
+        assert [pin.key for pin in chosen] == [f"r{i}"]
+        table.unpin(f"r{i}", ReleaseCause.BUDGET)
+    assert valued < n_pins + 100 * 20
+
+
 def test_what_must_end_for_a_new_pin(pins: PinTable) -> None:
     pin(pins, "a", [0, 1, 2])
     pin(pins, "b", [0, 1, 2, 3])

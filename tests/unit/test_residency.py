@@ -18,8 +18,9 @@ from hypothesis.stateful import (
 )
 
 from kvtier.backend import Activity
+from kvtier.server.eviction_order import DISPLACE_MARGIN, IDLE_SCALE_S
 from kvtier.server.l1_store import ChunkId
-from kvtier.server.residency import DISPLACE_MARGIN, IDLE_SCALE_S, ResidencyTable
+from kvtier.server.residency import ResidencyTable
 from kvtier.wire import KEY_BYTES, split_keys
 from tests.unit.fake_l1 import FakeL1
 

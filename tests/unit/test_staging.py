@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from kvtier.gpu_pin import PinTable
 from kvtier.orders import Order, OrderIds, OrderResult
 from kvtier.stats import Stats
 from kvtier.turns.block_pool import VllmBlockPool
+from kvtier.turns.stage_jobs import StageJob
 from kvtier.turns.staging import ORDER_DEADLINE_S, Stager
 from tests.unit.fake_vllm import BLOCK_TOKENS, FakePool, FakeRequest
 from tests.unit.virtual_tier import VirtualTier
@@ -464,3 +466,28 @@ def test_without_a_tier_nothing_starts_to_move(rig: Rig) -> None:
     assert rig.stager.advance(0.0) == []
     assert rig.failures() == {"stage_no_tier": 1}
     assert rig.quiet
+
+
+class CountedJobs(OrderedDict[str, StageJob]):
+    """Jobs, and how many of them somebody has looked at."""
+
+    looked_at = 0
+
+    def values(self) -> Any:
+        for job in super().values():
+            self.looked_at += 1
+            yield job
+
+
+def test_of_many_jobs_a_step_looks_at_those_whose_turn_it_is() -> None:
+    rig = Rig()
+    rig.stager._jobs = jobs = CountedJobs()
+    for i in range(1000):
+        assert rig.start(f"r{i}", chunks(2, tail=i), program=f"p{i}")
+    assert jobs.looked_at == 0
+    rig.advance()
+    rig.advance()
+    assert jobs.looked_at < 20
+    rig.stager.cancel("r0")
+    rig.stager.cancel_all()
+    assert not rig.stager._jobs_of

@@ -105,9 +105,9 @@ def test_an_announcement_does_not_undo_an_explicit_pin(rig: Rig, *, is_scarce: b
     rig.do(messages.PinCommand, ttl_s=300.0)
     if is_scarce:
         # What waits makes a pin dear.
-        rig.engine.half._waiting_tokens["other"] = 10_000
+        rig.engine.half._waiting_tokens.add("other", 10_000)
     answer = rig.do(messages.ToolCallCommand, tool="train", p50_s=120.0)
-    rig.engine.half._waiting_tokens.clear()
+    rig.engine.half._waiting_tokens.remove("other")
     assert answer.outcome == "accepted"
     assert "override_fixed" in answer.detail
     assert rig.left_s() == pytest.approx(300.0)
