@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kvtier.linkbench.matrix import LAYOUTS, WAYS
 from kvtier.linkbench.paths import CEILING
+from kvtier.linkbench.pen import GRID, INK, Pen, PlotError
 from kvtier.linkbench.report import path_names, size_text
 
 if TYPE_CHECKING:
@@ -17,19 +17,11 @@ if TYPE_CHECKING:
 
     from kvtier.linkbench.measure import Row
 
-_SCALE: Final = 2
-"""Pixels for each unit below, so that lines are smooth on dense screens."""
 _FIELD: Final = (380, 250)
 _MARGIN: Final = (56, 34, 16, 40)  # left, top, right, bottom
 _HEAD: Final = 60
 _COLOURS: Final = ("#888888", "#0b6bcb", "#c4320a", "#2f9e44", "#9c36b5", "#e67700", "#0c8599")
-_INK: Final = "#222222"
-_GRID: Final = "#e3e3e3"
 _STEPS: Final = (1, 2, 5)
-
-
-class PlotError(RuntimeError):
-    """No picture can be drawn; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +64,6 @@ def write_png(path: Path, rows: Sequence[Row], title: str) -> None:
         PlotError: Pillow is not installed, or nothing was measured.
         OSError: the file cannot be written.
     """
-    try:
-        from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415 - wanted for this alone
-    except ImportError as error:
-        raise PlotError("--png needs Pillow: pip install pillow") from error
     idle = [row for row in rows if row.load == "idle"]
     if not idle:
         raise PlotError("nothing was measured: there is no picture to draw")
@@ -84,8 +72,7 @@ def write_png(path: Path, rows: Sequence[Row], title: str) -> None:
     ways = [way for way in WAYS if any(row.direction == way for row in idle)]
     names = path_names(idle)
     size = (_FIELD[0] * len(LAYOUTS), _HEAD + _FIELD[1] * len(ways))
-    image = Image.new("RGB", (size[0] * _SCALE, size[1] * _SCALE), "white")
-    pen = _Pen(ImageDraw.Draw(image), ImageFont)
+    pen = Pen(size)
     pen.text((16, 10), title, size=15)
     _legend(pen, names)
     top_gbps = _round_up(max(row.gbps for row in idle))
@@ -101,49 +88,7 @@ def write_png(path: Path, rows: Sequence[Row], title: str) -> None:
                     if row.path == name
                 ]
                 pen.line(points, _colour(names, name), dashed=name == CEILING)
-    image.save(path, format="PNG")
-
-
-class _Pen:
-    """Draws in units of which `_SCALE` pixels make one."""
-
-    def __init__(self, draw: Any, fonts: Any) -> None:
-        self._draw = draw
-        self._fonts = fonts
-
-    def text(
-        self, at: tuple[float, float], text: str, *, size: int = 11, anchor: str = "la"
-    ) -> float:
-        """Write; the width."""
-        font = self._fonts.load_default(size=size * _SCALE)
-        self._draw.text(_scaled(at), text, fill=_INK, font=font, anchor=anchor)
-        return float(font.getlength(text)) / _SCALE
-
-    def line(
-        self, points: Sequence[tuple[float, float]], colour: str, *, dashed: bool = False
-    ) -> None:
-        """Join points, and mark each."""
-        for a, b in itertools.pairwise(points):
-            n_dashes = max(1, round(math.dist(a, b) / 5)) if dashed else 1
-            for k in range(0, n_dashes, 2):
-                ends = [
-                    (a[0] + (b[0] - a[0]) * t / n_dashes, a[1] + (b[1] - a[1]) * t / n_dashes)
-                    for t in (k, k + 1)
-                ]
-                self._draw.line([_scaled(p) for p in ends], fill=colour, width=2 * _SCALE)
-        if not dashed:
-            for x, y in points:
-                self._draw.ellipse(
-                    [_scaled((x - 2.5, y - 2.5)), _scaled((x + 2.5, y + 2.5))], fill=colour
-                )
-
-    def rule(self, a: tuple[float, float], b: tuple[float, float], colour: str) -> None:
-        """A thin straight line."""
-        self._draw.line([_scaled(a), _scaled(b)], fill=colour, width=_SCALE)
-
-
-def _scaled(at: tuple[float, float]) -> tuple[float, float]:
-    return at[0] * _SCALE, at[1] * _SCALE
+    pen.save(path)
 
 
 def _sizes(rows: Sequence[Row]) -> list[int]:
@@ -160,22 +105,22 @@ def _round_up(value: float) -> float:
     return next((s * power for s in _STEPS if s * power >= value), 10 * power)
 
 
-def _legend(pen: _Pen, names: Sequence[str]) -> None:
+def _legend(pen: Pen, names: Sequence[str]) -> None:
     x = 16.0
     for name in names:
         pen.line([(x, 44), (x + 22, 44)], _colour(names, name), dashed=name == CEILING)
         x += 28 + pen.text((x + 28, 37), name) + 18
 
 
-def _axes(pen: _Pen, field: _Field, title: str) -> None:
+def _axes(pen: Pen, field: _Field, title: str) -> None:
     left, top, right, bottom = field.box
     pen.text((left, top - 18), title, size=12)
     n_steps = 5
     for i in range(n_steps + 1):
         gbps = field.top_gbps * i / n_steps
-        pen.rule((left, field.y(gbps)), (right, field.y(gbps)), _GRID if i else _INK)
+        pen.rule((left, field.y(gbps)), (right, field.y(gbps)), GRID if i else INK)
         pen.text((left - 6, field.y(gbps)), f"{gbps:g}", anchor="rm", size=10)
     pen.text((left - 6, top - 18), "GB/s", anchor="ra", size=10)
     for size in field.sizes[:: max(1, len(field.sizes) // 4)]:
-        pen.rule((field.x(size), bottom), (field.x(size), bottom + 4), _INK)
+        pen.rule((field.x(size), bottom), (field.x(size), bottom + 4), INK)
         pen.text((field.x(size), bottom + 7), size_text(size), anchor="ma", size=10)
