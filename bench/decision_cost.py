@@ -21,13 +21,10 @@ import argparse
 import gc
 import json
 import os
-import statistics
 import sys
-import time
-from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,90 +33,15 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.agent_load import Agents, Load
-from bench.hooks import HOOKS
+from bench.hook_timers import StepClock, Timers, quantiles, time_hooks
 from tests.engine.engine_spec import BLOCK_TOKENS, EngineSpec
 from tests.engine.scheduler_harness import STEP_S, Drive, Engine
 from tests.engine.virtual_tier import VirtualTier
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 AIM_SHARE = 0.05
 AIM_FINISHED_US = 1000.0
-CALIBRATION_CALLS = 10_000
 CHUNK_TOKENS = 256
 """The default on GPUs."""
-
-
-class Timers:
-    """Seconds spent in kvtier's hooks, by hook, one entry a call, less the timer's own."""
-
-    def __init__(self) -> None:
-        self.calls: dict[str, list[float]] = defaultdict(list)
-        self.total_s = 0.0
-        self._depth = 0
-        self._excluded_s = 0.0
-        self._is_excluding = False
-        self._own_s = 0.0
-        self._calibrate()
-
-    def wrap(self, owner: Any, name: str) -> None:
-        """Time a method of `owner`; a hook inside a hook is counted once."""
-        setattr(owner, name, self._timed(name, getattr(owner, name)))
-
-    def exclude(self, owner: Any, name: str) -> None:
-        """Take the time of a method that hooks call off theirs."""
-        setattr(owner, name, self._excluded(getattr(owner, name)))
-
-    def wrap_make_room(self, half: Any) -> None:
-        """Time `make_room` without the allocations that it retries: those are the scheduler's."""
-        make_room = half.make_room
-
-        def without_retries(request: Any, retry: Callable[[], Any], need: Callable[[], int]) -> Any:
-            return make_room(request, self._excluded(retry), need)
-
-        half.make_room = self._timed("make_room", without_retries)
-
-    def _timed(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        calls = self.calls[name]
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._depth += 1
-            excluded_s = self._excluded_s
-            started_s = time.perf_counter()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                seconds = time.perf_counter() - started_s - (self._excluded_s - excluded_s)
-                seconds -= self._own_s
-                self._depth -= 1
-                calls.append(seconds)
-                if not self._depth:
-                    self.total_s += seconds
-
-        return timed
-
-    def _excluded(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._is_excluding:
-                return method(*args, **kwargs)
-            self._is_excluding = True
-            started_s = time.perf_counter()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self._excluded_s += time.perf_counter() - started_s
-                self._is_excluding = False
-
-        return timed
-
-    def _calibrate(self) -> None:
-        """What the timer reports of a call that does nothing."""
-        nothing = self._timed("nothing", lambda: None)
-        for _ in range(CALIBRATION_CALLS):
-            nothing()
-        self._own_s = statistics.median(self.calls.pop("nothing"))
-        self.total_s = 0.0
 
 
 def measure(name: str, load: Load) -> dict[str, Any]:
@@ -149,16 +71,8 @@ def measure(name: str, load: Load) -> dict[str, Any]:
     tier = VirtualTier(n_slots=1 << 20) if name == "pin and stage" else None
     engine = Engine(spec, tier)
     drive, agents, timers = Drive(engine, track_kv=False), Agents(engine, load), Timers()
-    if engine.connector is not None:
-        for hook in HOOKS:
-            timers.wrap(engine.connector, hook)
-        timers.wrap_make_room(engine.half)
-    if tier is not None:
-        for call in ("lookup", "trim", "reserve", "commit", "drop", "poll"):
-            timers.exclude(tier, call)
-    if engine.connector is not None:
-        timers.exclude(engine.scheduler.kv_cache_manager.block_pool, "free_blocks")
-    clock = _StepClock(engine.scheduler)
+    time_hooks(timers, engine, tier)
+    clock = StepClock(engine.scheduler)
     # A collection would be booked on whichever hook happens to allocate next.
     gc.collect()
     gc.disable()
@@ -182,47 +96,13 @@ def measure(name: str, load: Load) -> dict[str, Any]:
     return row
 
 
-class _StepClock:
-    """Time inside the scheduler's own entry points, step by step."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self._current_s = 0.0
-        self._inside = False
-        self.total_s: list[float] = []
-        self.kvtier_s: list[float] = []
-        for name in ("schedule", "update_from_output", "has_requests", "has_unfinished_requests"):
-            self._wrap(scheduler, name)
-
-    def _wrap(self, scheduler: Any, name: str) -> None:
-        method = getattr(scheduler, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:
-                return method(*args, **kwargs)
-            self._inside = True
-            started_s = time.perf_counter()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self._current_s += time.perf_counter() - started_s
-                self._inside = False
-
-        setattr(scheduler, name, timed)
-
-    def close_step(self, kvtier_s: float) -> None:
-        """End a step, of which `kvtier_s` were kvtier's."""
-        self.total_s.append(self._current_s)
-        self.kvtier_s.append(kvtier_s)
-        self._current_s = 0.0
-
-
 def _row(
-    name: str, drive: Drive, agents: Agents, clock: _StepClock, timers: Timers
+    name: str, drive: Drive, agents: Agents, clock: StepClock, timers: Timers
 ) -> dict[str, Any]:
     total_s, kvtier_s = sum(clock.total_s), sum(clock.kvtier_s)
     own_s = total_s - kvtier_s
     hooks = {
-        hook: {"calls": len(calls), "total_ms": sum(calls) * 1e3, **_quantiles(calls)}
+        hook: {"calls": len(calls), "total_ms": sum(calls) * 1e3, **quantiles(calls)}
         for hook, calls in sorted(timers.calls.items())
     }
     return {
@@ -235,18 +115,10 @@ def _row(
         "kvtier_us_per_step": kvtier_s / drive.steps * 1e6,
         "share_of_scheduler": kvtier_s / own_s,
         "share_of_step": kvtier_s / (drive.steps * STEP_S),
-        "kvtier_step": _quantiles(clock.kvtier_s),
-        "step": _quantiles(clock.total_s),
+        "kvtier_step": quantiles(clock.kvtier_s),
+        "step": quantiles(clock.total_s),
         "hooks": hooks,
     }
-
-
-def _quantiles(seconds: list[float]) -> dict[str, float]:
-    if len(seconds) < 2:  # noqa: PLR2004 - statistics.quantiles needs two
-        value = seconds[0] * 1e6 if seconds else 0.0
-        return {"p50_us": value, "p99_us": value, "max_us": value}
-    cuts = statistics.quantiles(seconds, n=100)
-    return {"p50_us": cuts[49] * 1e6, "p99_us": cuts[98] * 1e6, "max_us": max(seconds) * 1e6}
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
