@@ -87,7 +87,7 @@ class CheapestFirst(Generic[T]):
     def _in_batches(self, worth: Callable[[T], tuple[float, float]]) -> Iterator[T]:
         order, end = self._order, len(self._order)
         while end:
-            batch = []
+            batch: list[tuple[float, float, int, T]] = []
             while end and len(batch) < BATCH:
                 end -= 1
                 if self._is_there(order[end]):

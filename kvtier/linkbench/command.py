@@ -19,7 +19,8 @@ from kvtier.linkbench.matrix import CHUNK_BLOCKS, MIB
 from kvtier.linkbench.measure import Measured, Plan, run_plan
 from kvtier.linkbench.model_check import check_model
 from kvtier.linkbench.paths import PathError
-from kvtier.linkbench.plot import PlotError, write_png
+from kvtier.linkbench.pen import PlotError
+from kvtier.linkbench.plot import write_png
 from kvtier.linkbench.report import model_table, size_text, summary_table, tables, write_json
 
 if TYPE_CHECKING:

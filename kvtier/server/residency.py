@@ -215,10 +215,10 @@ class ResidencyTable:
 
     def owner_gone(self, owner: str) -> None:
         """An engine died: release its locks, discard its reservations. Its chains stay for others."""
-        for ref, record in self._programs.items():
+        for name, record in self._programs.items():
             if record.active_on == owner:
                 record.activity = "paused"
-                self._order.place(ref, record.used_s)
+                self._order.place(name, record.used_s)
         for ref in [ref for ref in self._locks if ref[0] == owner]:
             lock = self._locks.pop(ref)
             self._unlock(lock, lock.keys)

@@ -35,7 +35,8 @@ from kvtier.linkbench.matrix import (
 from kvtier.linkbench.measure import Measured, Plan, Row
 from kvtier.linkbench.model_check import ModelCheck, Prediction
 from kvtier.linkbench.paths import Calls, PathError, TorchPerBlock
-from kvtier.linkbench.plot import PlotError, write_png
+from kvtier.linkbench.pen import PlotError
+from kvtier.linkbench.plot import write_png
 from kvtier.linkbench.report import summary, summary_table, tables, write_json
 from kvtier.measuring.link import LinkMeasurement
 
