@@ -50,7 +50,8 @@ class CheapestFirst(Generic[T]):
         self._added.pop(thing, None)
         self._unplaced.pop(thing, None)
         if not self._added:
-            self._order.clear()
+            # A new list: somebody may be walking the old one.
+            self._order = []
 
     def walk(self, worth: Callable[[T], tuple[float, float]], now_s: float | None) -> Iterator[T]:
         """All things, the cheapest first; those that go meanwhile are left out.

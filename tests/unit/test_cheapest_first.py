@@ -66,6 +66,20 @@ def test_what_goes_meanwhile_is_left_out() -> None:
         assert found == [f"t{i}" for i in range(0, n_things, 2)]
 
 
+def test_all_may_go_while_they_are_walked() -> None:
+    order, worths = many(3 * EXACT)
+    list(order.walk(worths, 0.0))
+    for thing in list(worths.of):
+        # Their first entries are still there, dearer than all others.
+        worths.of[thing] -= 1000.0
+        order.add(thing)
+    for thing in order.walk(worths, 0.1):
+        order.discard(thing)
+    assert len(order) == 0
+    order.add("t0")
+    assert list(order.walk(worths, 0.2)) == ["t0"]
+
+
 def test_the_cheapest_of_many_are_found_without_a_look_at_all() -> None:
     order, worths = many(10_000)
     assert next(order.walk(worths, 0.0)) == "t0"
