@@ -101,9 +101,10 @@ class LMCacheL1:
         """See `L1Store.resident`. Staged objects are not resident."""
         return self._key(chunk) in self._l1._objects  # noqa: SLF001 - no side-effect-free public query
 
-    def delete(self, chunks: list[ChunkId]) -> None:
+    def delete(self, chunks: list[ChunkId]) -> list[ChunkId]:
         """See `L1Store.delete`."""
-        self._l1.delete([self._key(chunk) for chunk in chunks])
+        result = self._l1.delete([self._key(chunk) for chunk in chunks])
+        return [chunk for chunk in chunks if result[self._key(chunk)] == L1Error.KEY_IS_LOCKED]
 
 
 class KVTierModule:

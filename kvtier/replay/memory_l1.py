@@ -73,10 +73,11 @@ class MemoryL1:
         """See `L1Store`."""
         return chunk in self._resident
 
-    def delete(self, chunks: list[ChunkId]) -> None:
+    def delete(self, chunks: list[ChunkId]) -> list[ChunkId]:
         """See `L1Store`."""
         for chunk in chunks:
             if chunk in self._resident:
                 assert chunk not in self._locks, f"{chunk} was evicted while it is read"
                 self._resident.remove(chunk)
                 self._n_free += 1
+        return []

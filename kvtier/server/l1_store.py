@@ -38,5 +38,8 @@ class L1Store(Protocol):
     def resident(self, chunk: ChunkId) -> bool:
         """Whether the chunk can be read."""
 
-    def delete(self, chunks: list[ChunkId]) -> None:
-        """Free resident chunks; unknown ones are ignored."""
+    def delete(self, chunks: list[ChunkId]) -> list[ChunkId]:
+        """Free resident chunks; unknown ones are ignored.
+
+        Returns those that stay, as somebody beside residency reads them: LMCache, to write them to a disk.
+        """

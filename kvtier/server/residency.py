@@ -290,11 +290,21 @@ class ResidencyTable:
             self._orphans[chunk] = None
 
     def _free(self, chunk: tuple[str, bytes]) -> int:
-        """Free a chunk that nobody references; returns its bytes, all ranks."""
-        ranks, slot_bytes = self._sizes.pop(chunk)
-        del self._orphans[chunk]
-        self._store.delete([ChunkId(*chunk, rank) for rank in range(ranks)])
+        """Free a chunk that nobody references; returns its bytes, all ranks.
+
+        0 where the store cannot let go of it yet: it is known until it can.
+        """
+        ranks, slot_bytes = self._sizes[chunk]
+        if self._store.delete([ChunkId(*chunk, rank) for rank in range(ranks)]):
+            return 0
+        del self._sizes[chunk], self._orphans[chunk]
         return ranks * slot_bytes
+
+    def _evict_chunk(self, chunk: tuple[str, bytes]) -> int:
+        """As `_free`, and counted."""
+        freed = self._free(chunk)
+        self.evicted_chunks += freed > 0
+        return freed
 
     def _evict(
         self,
@@ -307,8 +317,7 @@ class ResidencyTable:
         own, own_keys = protect
         freed = 0
         for chunk in self._orphans_for(need_bytes, own[0], own_keys):
-            freed += self._free(chunk)
-            self.evicted_chunks += 1
+            freed += self._evict_chunk(chunk)
         if freed >= need_bytes:
             return True
         for ref in self._order.victims(density, now_s):
@@ -344,8 +353,11 @@ class ResidencyTable:
             record.keys.pop()
             self._unref(chunk)
             if chunk in self._orphans and not (ref[0] == own_ns and chunk[1] in own_keys):
-                freed += self._free(chunk)
-                self.evicted_chunks += 1
+                n_bytes = self._evict_chunk(chunk)
+                if not n_bytes:
+                    # Its memory cannot be had yet: no more of the chain goes for nothing.
+                    break
+                freed += n_bytes
         if not record.keys:
             self._remove(ref)
         return freed

@@ -22,6 +22,7 @@ class FakeL1:
         self.staged: dict[ChunkId, tuple[int, str]] = {}
         self.chunks: dict[ChunkId, int] = {}
         self.locks: Counter[ChunkId] = Counter()
+        self.read_by_others: set[ChunkId] = set()
         self.slot_bytes = 1
 
     @property
@@ -66,8 +67,9 @@ class FakeL1:
     def resident(self, chunk: ChunkId) -> bool:
         return chunk in self.chunks
 
-    def delete(self, chunks: list[ChunkId]) -> None:
+    def delete(self, chunks: list[ChunkId]) -> list[ChunkId]:
         for chunk in chunks:
             assert not self.locks[chunk], f"{chunk} was evicted while it is read"
-            if chunk in self.chunks:
+            if chunk in self.chunks and chunk not in self.read_by_others:
                 self._free.append(self.chunks.pop(chunk))
+        return [chunk for chunk in chunks if chunk in self.chunks]
