@@ -17,7 +17,7 @@ from typing import Final, Literal
 
 import msgspec
 
-LINK_VERSION: Final = 2
+LINK_VERSION: Final = 3
 SOCKET_NAME: Final = "kvtier.control.link.sock"
 
 Outcome = Literal["accepted", "clipped", "deferred", "rejected", "missing"]
@@ -169,7 +169,10 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineHello(_Message, frozen=True, kw_only=True):
-    """An engine and what does not change about it. `parent_pid` tells whose API process can wake it."""
+    """An engine and what does not change about it.
+
+    `parent_pid` tells whose API process can wake it; `pid_start_s` is in seconds after the host's boot.
+    """
 
     link: int
     engine_id: str

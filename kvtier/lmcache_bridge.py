@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
-import psutil
 import zmq
 
 from kvtier import wire
@@ -33,6 +32,7 @@ from kvtier.backend import (
     TierEvent,
     TierState,
 )
+from kvtier.server.processes import start_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -263,9 +263,7 @@ class LMCacheBridge:
         self._hello_sent_s = self._now_s
         pid = os.getpid()
         owner = f"{self._config.owner}/{self._session}"
-        hello = wire.Hello(
-            _HELLO_ID, wire.API_VERSION, owner, pid, psutil.Process(pid).create_time()
-        )
+        hello = wire.Hello(_HELLO_ID, wire.API_VERSION, owner, pid, start_s(pid) or 0.0)
         try:
             self._socket.send(wire.encoder.encode(hello), zmq.NOBLOCK)
         except zmq.Again:

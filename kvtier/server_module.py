@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import psutil
 import torch
 import zmq
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
@@ -29,6 +28,7 @@ from lmcache.v1.distributed.error import L1Error
 from lmcache.v1.multiprocess.ext_server_module import ExtServerModuleComponents
 
 from kvtier import wire
+from kvtier.server import processes
 from kvtier.server.residency import ResidencyTable
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OWNER_CHECK_INTERVAL_S = 1.0
-PID_START_TOLERANCE_S = 0.05
 RELEASE_GRACE_S = 15.0
 """What an engine held is kept this long after it died or reconnected: its workers may still be copying.
 Workers give up an order after `staging.ORDER_DEADLINE_S`, which is less."""
@@ -202,7 +201,7 @@ class KVTierModule:
         pool = self._context.shm_pool_info
         if not pool["shm_name"]:
             return wire.Failed(hello.id, "no_shared_memory", "start lmcache server with --shm-name")
-        if not _alive(hello.pid, hello.pid_start_s):
+        if not processes.alive(hello.pid, hello.pid_start_s):
             return wire.Failed(
                 hello.id,
                 "not_on_this_host",
@@ -287,7 +286,7 @@ class KVTierModule:
 
     def _release_dead_owners(self, now_s: float) -> None:
         for identity, (owner, pid, started_s) in list(self._owners.items()):
-            if not _alive(pid, started_s):
+            if not processes.alive(pid, started_s):
                 logger.warning("engine %s (pid %d) is gone", owner, pid)
                 del self._owners[identity]
                 self._leaving[owner] = now_s
@@ -300,17 +299,6 @@ class KVTierModule:
 def _engine(owner: str) -> str:
     """The engine of a session name `engine/n`."""
     return owner.rsplit("/", 1)[0]
-
-
-def _alive(pid: int, started_s: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - started_s) < PID_START_TOLERANCE_S
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
 
 
 def build_server_modules(build: ExtServerModuleBuildContext) -> ExtServerModuleComponents:

@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-API_VERSION = 2
+API_VERSION = 3
 KEY_BYTES = 16
 
 
@@ -24,7 +24,7 @@ class _Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Hello(_Message, frozen=True):
-    """Register an engine. `pid` and `pid_start_s` let the server see that the engine has died."""
+    """Register an engine. `pid` and `pid_start_s`, seconds after boot, let the server see that it has died."""
 
     id: int
     api: int

@@ -8,10 +8,9 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Final, Literal
 
-import psutil
-
 from kvtier.backend import TierState
 from kvtier.link_messages import LINK_VERSION, EngineHello, Gauges
+from kvtier.server.processes import start_s
 
 if TYPE_CHECKING:
     from kvtier.scheduler_half import SchedulerHalf
@@ -40,9 +39,8 @@ class EngineStatus:
         self._engine_id = engine_id
         self._model = model
         self._dp_rank = dp_rank
-        process = psutil.Process()
-        self._pid_start_s = process.create_time()
-        self._parent_pid = process.ppid()
+        self._pid_start_s = start_s(os.getpid()) or 0.0
+        self._parent_pid = os.getppid()
         self._started_s = time.time()
         self._versions = _versions()
 

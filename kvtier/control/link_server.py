@@ -13,11 +13,11 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Final, Protocol
 
 from kvtier import link_messages as link
-from kvtier.control import processes
 from kvtier.control.command_desk import CommandDesk
 from kvtier.control.registry import RegistryFullError
 from kvtier.control.router_socket import RouterSocket, Sent
 from kvtier.control.wakers import Wakers
+from kvtier.server import processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

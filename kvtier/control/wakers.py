@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from kvtier.control import processes
+from kvtier.server import processes
 
 if TYPE_CHECKING:
     from kvtier.link_messages import EngineHello, WakerHello

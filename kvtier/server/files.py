@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtier.server.launch import LOOPBACK, Endpoint, ServerSpec, SupervisorError
+from kvtier.server.processes import start_ticks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,21 +85,6 @@ def prepare_run_dir(path: Path) -> Path:
     return path
 
 
-def process_start_ticks(pid: int) -> int | None:
-    """Return when `pid` started, in clock ticks since boot; None if it is gone or a zombie.
-
-    With the pid this identifies a process (a pid alone is reused). Unlike a wall-clock start time
-    it does not move when the clock is set.
-    """
-    try:
-        line = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # proc(5): "pid (comm) state ...", comm may hold spaces and brackets; starttime is field 22.
-    fields = line.rpartition(")")[2].split()
-    return None if fields[0] in {"Z", "X"} else int(fields[19])
-
-
 @dataclass(frozen=True, slots=True)
 class ProcessId:
     """A process that cannot be mistaken for a later one with the same pid."""
@@ -109,14 +95,14 @@ class ProcessId:
     @classmethod
     def of(cls, pid: int) -> ProcessId:
         """Identify a running process. Raises ProcessLookupError when it is gone."""
-        ticks = process_start_ticks(pid)
+        ticks = start_ticks(pid)
         if ticks is None:
             raise ProcessLookupError(pid)
         return cls(pid, ticks)
 
     def alive(self) -> bool:
         """Whether this very process still runs."""
-        return process_start_ticks(self.pid) == self.start_ticks
+        return start_ticks(self.pid) == self.start_ticks
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from grpc_status import rpc_status
 
 from kvtier import link_messages as link
 from kvtier.config import Settings
-from kvtier.control import processes
 from kvtier.control.control_server import ControlServer
 from kvtier.control.files import ControlFiles
+from kvtier.server import processes
 from kvtier.v1 import (
     observability_pb2_grpc,
     policy_pb2_grpc,
