@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from kvtier.calibration import (
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
     from kvtier.cpu_pool import SharedRegion
 
 logger = logging.getLogger(__name__)
+
+FIRST_REMAP_S = 10.0
+LONGEST_REMAP_S = 300.0
+"""A region that cannot be mapped is tried again after so long, twice as long after each attempt in vain: what
+is in the way may go, as a full `/dev/shm`, but finding out may take a moment of the engine's time."""
 
 
 class WorkerHalf:
@@ -70,8 +76,10 @@ class WorkerHalf:
         self._n_blocks = n_blocks
         self._pool: CpuPool | None = None
         self._generation: str | None = None
-        # Tried in vain: not again in every step, but for a new generation.
+        # Tried in vain: not again in every step, but later, or for a new generation.
         self._unmapped: Region | None = None
+        self._remap_due_s = 0.0
+        self._remap_wait_s = FIRST_REMAP_S
         self._loads: dict[str, Order] = {}
         self._cancelled: set[str] = set()
         self._results: list[OrderResult] = []
@@ -121,7 +129,7 @@ class WorkerHalf:
             for order in (*orders.loads, *orders.stores):
                 self._refuse(order, "the KV caches' layout is not supported")
             return
-        if region not in (None, self._unmapped) and region.generation != self._generation:
+        if region is not None and region.generation != self._generation:
             self._attach(region)
         for order in (*orders.loads, *orders.stores):
             if order.generation != self._generation:
@@ -185,15 +193,21 @@ class WorkerHalf:
 
     def _attach(self, region: Region) -> None:
         assert self._pool is not None
+        now_s = time.monotonic()
+        if region != self._unmapped:
+            self._remap_wait_s = FIRST_REMAP_S
+        elif now_s < self._remap_due_s:
+            return
         self._generation = None
         try:
             self._pool.attach(region.shm_name, region.size_bytes, region.generation)
         except (OSError, ValueError, RuntimeError):
             # Loads and stores into it fail one by one and are counted; the engine goes on.
             logger.exception("cannot map the CPU tier's shared memory %s", region.shm_name)
-            self._unmapped = region
+            self._unmapped, self._remap_due_s = region, now_s + self._remap_wait_s
+            self._remap_wait_s = min(2 * self._remap_wait_s, LONGEST_REMAP_S)
             return
-        self._generation = region.generation
+        self._unmapped, self._generation = None, region.generation
 
     def _copy_order(self, order: Order) -> CopyOrder:
         slots = order.slots[self._rank]

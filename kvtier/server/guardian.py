@@ -135,6 +135,9 @@ class Guardian:
             return now_s < self._start_due_s or self._start(now_s)
         if (status := self._child.poll()) is not None:
             return self._crashed(now_s, f"exited with status {status}")
+        if self._record.phase == "ready" and not self._has_segment():
+            # Engines that have mapped it go on; but no other one could, and what is stored is lost with them.
+            return self._crashed(now_s, "has lost its shared memory, which somebody has removed")
         if self._record.phase == "starting":
             if _healthy(self._record.endpoint.http_port):
                 return self._became_ready(now_s)
@@ -185,11 +188,15 @@ class Guardian:
         return self._publish("starting", "server is starting")
 
     def _became_ready(self, now_s: float) -> bool:
-        endpoint = self._record.endpoint
-        if self._spec.command is None and not (SHM_DIR / endpoint.shm_name).exists():
+        if not self._has_segment():
             return self._fail(f"the server runs without shared memory; see {self._files.log_path}")
         self._crashes_in_row = 0
         return self._publish("ready", f"healthy after {now_s - self._started_s:.1f} s")
+
+    def _has_segment(self) -> bool:
+        """Whether the server's shared memory is there; servers of another command need none."""
+        name = self._record.endpoint.shm_name
+        return self._spec.command is not None or (SHM_DIR / name).exists()
 
     def _crashed(self, now_s: float, what: str) -> bool:
         detail = f"server {what}; last output:\n{self._files.log_tail()}"

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kvtier import cpu_pool
+from kvtier import worker_half as worker_half_module
 from kvtier.backend import Region
 from kvtier.copies.kernel import CONTROL_STOP, LATE, STOPPED, compiled_kernel
 from kvtier.copy_engine import CpuCopyEngine
@@ -249,6 +250,17 @@ def test_a_missing_region_fails_orders_and_is_logged_once(
     assert len(told) == 1, "an engine makes many steps a second"
     found = replace(region, generation="two")
     assert run(worker, found, order(1, "store", [0, 1], [[0]], generation="two"))[1].ok
+
+
+def test_a_region_that_could_not_be_mapped_is_tried_again_later(
+    worker: WorkerHalf, region: Region, segment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_half_module, "FIRST_REMAP_S", 0.0)
+    away = segment.rename(segment.with_suffix(".away"))
+    failed_load(worker, region)
+    away.rename(segment)
+    assert run(worker, region, order(1, "store", [0, 1], [[0]]))[1].ok
+    assert any(segment.read_bytes())
 
 
 def test_a_deadline_that_has_passed_fails_the_order(
