@@ -113,7 +113,8 @@ class Profile:
         except (ValueError, TypeError):
             return False
         return (
-            age <= MAX_AGE
+            # A clock that was set back since makes it of the future: then it may be of any age.
+            abs(age) <= MAX_AGE
             and self.copy_revision == COPY_REVISION
             and self.gpu == gpu_name(device)
             and self.driver == driver_version(device)

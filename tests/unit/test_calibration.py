@@ -221,6 +221,8 @@ def test_what_was_measured_of_another_machine_or_engine_or_long_ago_does_not_hol
     assert profile().is_fresh(CPU, now)
     assert not dataclasses.replace(profile(), **change).is_fresh(CPU, now)
     assert not profile().is_fresh(CPU, now + dt.timedelta(days=2))
+    # Measured when the clock was wrong by years: it would hold for as long.
+    assert not profile().is_fresh(CPU, now - dt.timedelta(days=60))
 
 
 def test_a_file_of_an_older_kvtier_is_read_and_does_not_hold(tmp_path: Path) -> None:
