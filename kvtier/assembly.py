@@ -186,7 +186,7 @@ def connect_tier(
     from kvtier.lmcache_bridge import BridgeConfig, LMCacheBridge  # noqa: PLC0415 - needs zmq
 
     bridge = LMCacheBridge(
-        BridgeConfig(endpoint, facts.owner, facts.ranks, facts.slot_bytes),
+        BridgeConfig(endpoint, facts.owner, facts.ranks, facts.slot_bytes + facts.trailer_bytes),
         clock(),
         revive=None if lease is None else lease.revive,
     )
@@ -239,6 +239,7 @@ def build_worker_half(vllm_config: Any, kv_cache_config: Any, settings: Settings
         model=facts.namespace(),
         profile_dir=_profile_dir(settings),
         may_measure=settings.calibrate == "auto",
+        integrity=settings.integrity,
     )
 
 

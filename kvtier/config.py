@@ -233,6 +233,12 @@ class Settings(BaseSettings):
         description="Longest time for which the CPU tier values staged KV, s. Less where programs "
         "are known to return sooner or not at all.",
     )
+    integrity: Annotated[Literal["off", "sample", "full"], _Switch] = Field(
+        default="off",
+        description="Checksums of staged KV: what a load brings is compared with what was stored, and computed "
+        "anew where it differs. sample: of one chunk in 16. full: of all. Engines that check share no KV "
+        "with those that do not.",
+    )
     model_revision: Annotated[str | None, _Optional] = Field(
         default=None,
         description="Distinguishes the KV of weights that share a model name. none: the "

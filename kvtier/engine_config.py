@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtier import __version__
 from kvtier.checkpoints import fingerprint, hub_commit
+from kvtier.orders import TRAILER_BYTES
 from kvtier.turns.engine_facts import EngineFacts
 
 if TYPE_CHECKING:
@@ -135,6 +136,9 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
         "config": _config_digest(model),
         "format": "1",
     }
+    if settings.integrity != "off":
+        # Slots are larger: who checks and who does not share no KV.
+        identity["trailer"] = str(TRAILER_BYTES)
     width = model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size
     return EngineFacts(
         owner=f"{vllm_config.kv_transfer_config.engine_id}-{os.getpid()}",
@@ -148,6 +152,7 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
         n_layers=int(model.get_total_num_hidden_layers()),
         attention_width=int(width * model.get_head_size()),
         on_cpu=on_cpu,
+        trailer_bytes=0 if settings.integrity == "off" else TRAILER_BYTES,
     )
 
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from kvtier.backend import Region
 
 Direction = Literal["store", "load"]
+FailureCause = Literal["copy", "integrity"]
+
+TRAILER_BYTES = 64
+"""Behind a chunk in its slot, where chunks are checked: see `copies.checksums`. A line of the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class Order:
         skip_blocks: Leading blocks that a load must not write: they hold valid KV that others may read.
         generation: The region's generation that the offsets belong to.
         deadline_s: Monotonic time after which the order must not touch memory any more.
+        keys: Key of each chunk, one after the other.
     """
 
     order_id: int
@@ -42,6 +47,7 @@ class Order:
     skip_blocks: int
     generation: str
     deadline_s: float
+    keys: bytes = b""
 
 
 def failing_load(request_id: str, block_ids: Sequence[int]) -> Order:
@@ -86,6 +92,7 @@ class OrderResult:
         n_bytes: Bytes copied by this worker.
         seconds: Time the copy took, without waiting in line.
         run_bytes: Mean length of the contiguous runs it was made of.
+        cause: Of a failure: the copy, or that what was copied is not what was stored.
     """
 
     order_id: int
@@ -95,6 +102,7 @@ class OrderResult:
     seconds: float
     run_bytes: int
     error: str = ""
+    cause: FailureCause = "copy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +126,9 @@ class Calibration:
 
 def merge_results(results: list[OrderResult]) -> OrderResult:
     """One order's results from all ranks: they ran side by side, and one failure fails it."""
-    failed = next((r for r in results if not r.ok), None)
+    # What is not as it was stored must not be read again, whatever else has failed.
+    failures = sorted((r for r in results if not r.ok), key=lambda r: r.cause == "copy")
+    failed = failures[0] if failures else None
     return OrderResult(
         results[0].order_id,
         results[0].direction,
@@ -127,6 +137,7 @@ def merge_results(results: list[OrderResult]) -> OrderResult:
         max(r.seconds for r in results),
         results[0].run_bytes,
         failed.error if failed else "",
+        failed.cause if failed else "copy",
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvtier.calibration import (
     CalibrationError,
@@ -19,10 +19,12 @@ from kvtier.calibration import (
     profile_path,
     save_profile,
 )
+from kvtier.copies.checked import SHARES, CheckedCopies
 from kvtier.copies.kv_layout import KVLayout
 from kvtier.copies.plan import CopyOrder
 from kvtier.cpu_pool import CpuPool, default_engine
 from kvtier.orders import Calibration, Order, OrderResult, StepOrders
+from kvtier.wire import KEY_BYTES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,6 +55,7 @@ class WorkerHalf:
         model: Names the model in the calibration profile.
         profile_dir: Where profiles are kept; None to have none.
         may_measure: Whether to measure where there is no profile.
+        integrity: Which chunks are summed and checked.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class WorkerHalf:
         model: str = "",
         profile_dir: Path | None = None,
         may_measure: bool = True,
+        integrity: Literal["off", "sample", "full"] = "off",
     ) -> None:
         self._model = model
+        self._integrity = integrity
         self._may_measure = may_measure
         self._profile_dir = profile_dir
         self._calibration: Calibration | None = None
@@ -102,7 +107,13 @@ class WorkerHalf:
             )
 
     def _engine(self, layout: KVLayout, region: SharedRegion) -> CopyEngine:
-        """The copy engine, which chooses its ways as this machine's profile says."""
+        """The copy engine, which chooses its ways as this machine's profile says, with what checks it."""
+        engine = self._copying_engine(layout, region)
+        if self._integrity == "off":
+            return engine
+        return CheckedCopies(engine, layout, region.array, share=SHARES[self._integrity])
+
+    def _copying_engine(self, layout: KVLayout, region: SharedRegion) -> CopyEngine:
         if self._profile_dir is None:
             return default_engine(layout, region)
         profile = load_profile(profile_path(self._profile_dir, self._model, layout.fingerprint))
@@ -211,12 +222,13 @@ class WorkerHalf:
 
     def _copy_order(self, order: Order) -> CopyOrder:
         slots = order.slots[self._rank]
-        blocks = order.block_ids
+        blocks, keys = order.block_ids, order.keys
         if any(slot < 0 for slot in slots):
             chunk = order.chunk_blocks
             wanted = [i for i, slot in enumerate(slots) if slot >= 0]
             blocks = tuple(b for i in wanted for b in blocks[i * chunk : (i + 1) * chunk])
             slots = [slots[i] for i in wanted]
+            keys = b"".join(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in wanted)
         return CopyOrder(
             order_id=str(order.order_id),
             direction=order.direction,
@@ -227,6 +239,7 @@ class WorkerHalf:
             skip_blocks=order.skip_blocks,
             deadline_s=order.deadline_s,
             generation=order.generation,
+            keys=keys,
         )
 
     def _begin(self, order: Order) -> None:
@@ -318,4 +331,5 @@ def _to_order_result(result: CopyResult) -> OrderResult:
         seconds=result.seconds,
         run_bytes=int(result.run_bytes),
         error=result.error,
+        cause=result.cause,
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvtier.copies.kv_layout import KVLayout
+    from kvtier.orders import FailureCause
 
 Direction = Literal["store", "load"]
 """``store``: KV blocks -> slots. ``load``: slots -> KV blocks."""
@@ -56,6 +57,8 @@ class CopyOrder:
     that starts or ends later fails: its slots may belong to someone else."""
     generation: int | str = 0
     """Generation of the shared region that the slots refer to."""
+    keys: bytes = b""
+    """Key of each slot's chunk, one after the other; needed only where chunks are checked."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class CopyResult:
     """Blocks that a failed load has not written in time; None: possibly all of them."""
     issue_s: float = 0.0
     """Processor time of putting the copy on a stream; 0 where a thread copies."""
+    cause: FailureCause = "copy"
+    """Of a failure: the copy itself, or that what was copied is not what was stored."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,7 @@ class EngineFacts:
         n_layers: Attention layers.
         attention_width: Query heads times head size.
         on_cpu: KV cache in host memory: copies compete with compute for cores.
+        trailer_bytes: Taken behind each chunk in its slot, for its checksum.
     """
 
     owner: str
@@ -41,6 +42,7 @@ class EngineFacts:
     n_layers: int
     attention_width: int
     on_cpu: bool
+    trailer_bytes: int = 0
 
     @property
     def chunk_blocks(self) -> int:
@@ -49,7 +51,7 @@ class EngineFacts:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of a chunk of one rank."""
+        """KV bytes of a chunk of one rank."""
         return self.chunk_blocks * self.block_bytes
 
     @property

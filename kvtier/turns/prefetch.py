@@ -76,6 +76,7 @@ class Prefetcher:
         self._facts = facts
         self._tier = tier
         self._pool = pool
+        self._copies = copies
         self._clock = clock
         self._accounts = PrefetchAccounts(facts, stats, log, happenings, clock)
         self.paused = PausedTurns()
@@ -171,9 +172,11 @@ class Prefetcher:
             return False
         prefetch = piece.prefetch
         if not result.ok:
-            self._accounts.copy_failed()
+            self._accounts.copy_failed(result.cause)
             self._stop(prefetch, "copy_failed")
         self._land(prefetch)
+        if result.cause == "integrity" and not result.ok:
+            self._copies.discard(prefetch.program)
         return True
 
     def _reason_to_stop(self, prefetch: Prefetch, now_s: float) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from kvtier.backend import LookupDone, OperationEvent, OperationFailed, TierBackend, TierState
 from kvtier.orders import Order
 from kvtier.turns.staging import ORDER_DEADLINE_S
+from kvtier.wire import KEY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class _Read:
     op_id: int
+    keys: bytes
     generation: str = ""
     hit_chunks: int = 0
     slots: list[list[int]] | None = None
@@ -42,16 +44,21 @@ class Found:
     op_id: int
     generation: str
     slots: list[list[int]]
+    keys: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class LoadDone:
-    """A load ended. `n_tokens` were ordered; `predicted_s` is for checking the cost model."""
+    """A load ended. `n_tokens` were ordered; `predicted_s` is for checking the cost model.
+
+    `is_corrupt`: the tier holds something else than what was stored.
+    """
 
     request_id: str
     ok: bool
     n_tokens: int
     predicted_s: float
+    is_corrupt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +120,9 @@ class TierReader:
 
     def ask(self, request_id: str, strand: str, chain: ChunkChain) -> None:
         """Start a lookup for a request that has none; `strand` names its conversation in the tier."""
-        op_id = self._tier.lookup(self.namespace, strand, bytes(chain.keys))
-        self._reads[request_id] = _Read(op_id)
+        keys = bytes(chain.keys)
+        op_id = self._tier.lookup(self.namespace, strand, keys)
+        self._reads[request_id] = _Read(op_id, keys)
         self._by_op[op_id] = request_id
 
     def hit_chunks(self, request_id: str) -> int | None:
@@ -159,6 +167,7 @@ class TierReader:
             skip_blocks=(start_token - first * chunk_tokens) // self._block_tokens,
             generation=read.generation,
             deadline_s=now_s + ORDER_DEADLINE_S,
+            keys=read.keys[first * KEY_BYTES : last * KEY_BYTES],
         )
         self._loads[order.order_id] = _Load(read.op_id, request_id, n_tokens, predicted_s)
         self._ready.append(order)
@@ -182,7 +191,7 @@ class TierReader:
         read = self._reads.pop(request_id)
         assert read.slots is not None
         self._tier.trim(read.op_id, first, end)
-        return Found(read.op_id, read.generation, read.slots)
+        return Found(read.op_id, read.generation, read.slots, read.keys)
 
     def unlock(self, found: Found) -> None:
         """Give the locks back that `take` handed over."""
@@ -235,7 +244,9 @@ class TierReader:
             return None
         if self._tier.state is TierState.READY:
             self._tier.trim(load.op_id, 0, 0)
-        if not result.ok and result.order_id not in self._cancelled:
-            self._stats.count("failures", 1, "load_copy")
+        failed = not result.ok and result.order_id not in self._cancelled
+        if failed:
+            self._stats.count("failures", 1, f"load_{result.cause}")
         self._cancelled.discard(result.order_id)
-        return LoadDone(load.request_id, result.ok, load.n_tokens, load.predicted_s)
+        is_corrupt = failed and result.cause == "integrity"
+        return LoadDone(load.request_id, result.ok, load.n_tokens, load.predicted_s, is_corrupt)

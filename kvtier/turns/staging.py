@@ -28,6 +28,7 @@ from kvtier.block_ids import as_block_ids
 from kvtier.orders import Order
 from kvtier.turns.stage_jobs import Split, StageJob
 from kvtier.turns.staged_copies import StagedCopies
+from kvtier.wire import KEY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -98,6 +99,11 @@ class Stager:
         """The program is over: its jobs end too, and what they are still told is ignored."""
         self.copies.forget(program)
         self._void([job for job in self._active() if job.program == program])
+
+    def discard(self, program: str) -> None:
+        """The tier holds something else than what was stored of the program: it goes, and is staged anew."""
+        self.copies.discard(program)
+        self.forget(program)
 
     def forget_all(self) -> None:
         """Nothing is known to be staged any more, and nothing under way will be."""
@@ -312,6 +318,7 @@ class Stager:
                 skip_blocks=0,
                 generation=event.generation,
                 deadline_s=now_s + ORDER_DEADLINE_S,
+                keys=bytes(job.chain.keys[split.start * KEY_BYTES : split.end * KEY_BYTES]),
             )
         )
 

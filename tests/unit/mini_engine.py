@@ -7,7 +7,7 @@ is computed on is checked: a block must hold what the request's tokens say.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from kvtier.admission import AdmissionConfig, AdmissionController
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvtier.backend import TierBackend
+    from kvtier.orders import FailureCause
 
 STEP_S = 0.01
 
@@ -60,6 +61,7 @@ class Workers:
     Attributes:
         delay: Steps from an order to its end.
         ok: Asked at the end of each order.
+        cause: Of failures.
     """
 
     def __init__(self, pool: FakePool, ranks: int) -> None:
@@ -70,6 +72,7 @@ class Workers:
         self._generation = ""
         self.delay = 0
         self.ok: Callable[[Order], bool] = lambda _: True
+        self.cause: FailureCause = "copy"
         self.orders: list[Order] = []
         self.cancelled: list[int] = []
 
@@ -104,7 +107,8 @@ class Workers:
             for rank in range(self._ranks):
                 if ok:
                     self._copy(order, rank)
-                results.append(OrderResult(order.order_id, order.direction, ok, 1000, 1e-4, 1000))
+                result = OrderResult(order.order_id, order.direction, ok, 1000, 1e-4, 1000)
+                results.append(replace(result, cause="copy" if ok else self.cause))
             if order.direction == "load":
                 loads.append((order, ok))
         return results, loads

@@ -11,6 +11,7 @@ from kvtier.orders import Order, OrderIds, OrderResult
 from kvtier.stats import Stats
 from kvtier.turns.reading import LoadDone, TierReader
 from kvtier.turns.staging import ORDER_DEADLINE_S
+from kvtier.wire import KEY_BYTES
 from tests.unit.fake_vllm import BLOCK_TOKENS
 from tests.unit.test_staging import CHUNK_BLOCKS, CHUNK_TOKENS, chunks
 from tests.unit.virtual_tier import VirtualTier
@@ -90,6 +91,7 @@ def test_an_order_loads_exactly_what_was_chosen(rig: Rig) -> None:
     assert order.direction == "load"
     assert order.block_ids == BLOCKS[2:8]
     assert order.slots == [rig.slots[1:4]]
+    assert order.keys == bytes(rig.chain.keys[KEY_BYTES : 4 * KEY_BYTES])
     assert (order.skip_blocks, order.chunk_blocks) == (0, CHUNK_BLOCKS)
     assert order.generation == rig.tier.region.generation
     assert order.deadline_s == 7.0 + ORDER_DEADLINE_S

@@ -60,6 +60,32 @@ def test_a_failed_load_is_recomputed_and_not_tried_again(engine: MiniEngine) -> 
     assert_nothing_held(engine)
 
 
+def test_a_load_of_something_else_is_computed_and_staged_anew(
+    engine: MiniEngine, tier: VirtualTier
+) -> None:
+    """What the tier holds is wrong, so it must not be found, nor spare its store, any more."""
+    first = staged_program(engine)
+    n_staged = tier.table.counts()["chunks"]
+    engine.workers.ok, engine.workers.cause = lambda order: order.direction != "load", "integrity"
+    held: list[int] = []
+    engine.add(follow_up(first, "r2"))
+    while not failures(engine):
+        engine.step()
+    held.append(tier.table.counts()["chunks"])
+    engine.run()
+    assert held == [0]
+    assert failures(engine) == {"load_integrity": 1}
+    assert tier.table.counts()["chunks"] > n_staged
+    engine.workers.ok = lambda _: True
+    expire(engine)
+    evict(engine)
+    sources(engine)
+    engine.run(follow_up(first, "r3"))
+    assert sources(engine)["cpu"] > 0
+    assert tier.leaks() == {}
+    assert_nothing_held(engine)
+
+
 def test_a_failed_load_behind_a_cached_prefix(engine: MiniEngine) -> None:
     first = staged_program(engine)
     engine.run(turn("o", prompt(13), session="other", max_tokens=2))

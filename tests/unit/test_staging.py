@@ -125,6 +125,7 @@ def test_a_turn_is_staged_in_splits(rig: Rig) -> None:
     assert [b for order in orders for b in order.block_ids] == list(range(1, 15))
     slots = [slot for order in orders for slot in order.slots[0]]
     assert len(set(slots)) == 7
+    assert b"".join(order.keys for order in orders) == bytes(chain.keys)
     assert rig.stager.copies.chunks_of("p", chain) == 7
     assert rig.stats.totals["staged_tokens"] == 7 * CHUNK_TOKENS
     assert rig.quiet

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvtier.orders import FailureCause
     from kvtier.stats import Stats
     from kvtier.turns.decision_log import DecisionLog
     from kvtier.turns.engine_facts import EngineFacts
@@ -40,9 +41,9 @@ class PrefetchAccounts:
             entry = {"action": outcome, "reason": reason, "detail": detail}
             self._log.write("prefetch", program, request_id, entry)
 
-    def copy_failed(self) -> None:
-        """A piece could not be copied."""
-        self._stats.count("failures", 1, "prefetch_copy")
+    def copy_failed(self, cause: FailureCause) -> None:
+        """A piece could not be copied, or is not what was stored."""
+        self._stats.count("failures", 1, f"prefetch_{cause}")
 
     def ended(self, prefetch: Prefetch) -> None:
         """Nothing of it is under way any more."""

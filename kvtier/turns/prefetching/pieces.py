@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from kvtier.orders import Order
 from kvtier.turns.prefetching.jobs import Piece
 from kvtier.turns.staging import IN_FLIGHT_BYTES, ORDER_DEADLINE_S
+from kvtier.wire import KEY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -138,6 +139,7 @@ class PrefetchPieces:
                 skip_blocks=skipped,
                 generation=found.generation,
                 deadline_s=now_s + ORDER_DEADLINE_S,
+                keys=found.keys[first * KEY_BYTES : last * KEY_BYTES],
             )
         )
         return ""
