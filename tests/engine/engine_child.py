@@ -25,7 +25,7 @@ class EngineChild:
     """The test's end. Starts at once; the first call waits for the engine.
 
     Args:
-        modules: Names of the scenario modules, joined by commas.
+        modules: Names of the scenario modules, joined by commas; one without a dot is of this folder.
         config: Arguments of `engine_harness.Engine`; with `replicas`, of `replicas.Replicas`.
         run_dir: kvtier's run directory: whose LMCache server is used.
         log: File for the process's output.
@@ -107,7 +107,8 @@ def _serve(modules: str, config: dict[str, Any], requests: IO[str], answers: IO[
     engine_harness.prepare_process()
     scenarios: dict[str, Any] = {}
     for module in modules.split(","):
-        scenarios.update(vars(importlib.import_module(f"tests.engine.{module}")))
+        name = module if "." in module else f"tests.engine.{module}"
+        scenarios.update(vars(importlib.import_module(name)))
     engine = _engine(config)
     for line in requests:
         request = json.loads(line)

@@ -340,6 +340,12 @@ class Engine:
 
         return get_kv_transfer_group().worker_half
 
+    @property
+    def copy_engine(self) -> Any:
+        """The worker's copy engine, without what checks its copies."""
+        engine = self.worker._pool._attached.engine
+        return getattr(engine, "inner", engine)
+
     def await_tier(self, state: str = "ready") -> None:
         """Wait for the tier's state; hooks run as in an engine that is stepping."""
         deadline_s = time.monotonic() + WAIT_S
@@ -352,7 +358,7 @@ class Engine:
     @contextmanager
     def copies(self, direction: str, behaviour: Callable[[], None]) -> Iterator[None]:
         """Run `behaviour` in the copy thread before each copy in this direction."""
-        engine = self.worker._pool._attached.engine
+        engine = self.copy_engine
         kernel = engine._kernel
 
         def changed(*args: Any) -> Any:

@@ -30,7 +30,7 @@ def ready(engine: Engine) -> str:
 
 
 @contextlib.contextmanager
-def _short_timeout(engine: Engine) -> Iterator[None]:
+def short_timeout(engine: Engine) -> Iterator[None]:
     """A hung server is given up after a second: where none hangs, a busy machine's may take longer."""
     tier = engine.half.tier
     config = tier._config
@@ -41,46 +41,46 @@ def _short_timeout(engine: Engine) -> Iterator[None]:
         tier._config = config
 
 
-def _server_pid() -> int:
+def server_pid() -> int:
     record = ServerFiles(Path(os.environ["KVTIER_RUN_DIR"]), "kvtier").read_record()
     assert record is not None
     assert record.server is not None
     return record.server.pid
 
 
-def _kill_server() -> None:
-    os.kill(_server_pid(), signal.SIGKILL)
+def kill_server() -> None:
+    os.kill(server_pid(), signal.SIGKILL)
 
 
-def _generation(engine: Engine) -> str:
+def generation(engine: Engine) -> str:
     return str(engine.half.tier.region.generation)
 
 
-def _await_new_server(engine: Engine, old_generation: str) -> None:
+def await_new_server(engine: Engine, old_generation: str) -> None:
     """The guardian starts another server; the engine finds it without a restart."""
     deadline_s = time.monotonic() + WAIT_S
-    while _generation(engine) == old_generation or str(engine.half.tier.state) != "ready":
+    while generation(engine) == old_generation or str(engine.half.tier.state) != "ready":
         assert time.monotonic() < deadline_s, engine.half.tier.state
         engine.step()
         engine.half.housekeeping.run(time.monotonic())
         time.sleep(0.01)
 
 
-def _turn(engine: Engine, name: str, n_tokens: int = 700) -> Turn:
+def first_turn(engine: Engine, name: str, n_tokens: int = 700) -> Turn:
     turn = engine.turn(tokens(name, n_tokens), program=name)
     engine.drain()
     return turn
 
 
-def _n_staged(engine: Engine, name: str) -> int:
+def n_staged(engine: Engine, name: str) -> int:
     staged = engine.half.stager.copies._staged.get(engine.handle(name))
     return staged.n_chunks if staged is not None else 0
 
 
-def _works_again(engine: Engine, name: str) -> None:
+def works_again(engine: Engine, name: str) -> None:
     """A program is staged and reloaded."""
-    first = _turn(engine, name)
-    assert _n_staged(engine, name) == 711 // BLOCK_TOKENS * BLOCK_TOKENS // CHUNK_TOKENS
+    first = first_turn(engine, name)
+    assert n_staged(engine, name) == 711 // BLOCK_TOKENS * BLOCK_TOKENS // CHUNK_TOKENS
     engine.evict()
     engine.set_policy(reload="always")
     second = engine.turn(first.then(tokens(f"{name}-2", 50)), program=name)
@@ -100,13 +100,13 @@ def strangers(engine: Engine) -> None:
 
 def guardian_killed(engine: Engine) -> None:
     """The server dies with its guardian; the engine, which lives on, has both started again."""
-    generation = _generation(engine)
+    old = generation(engine)
     record = ServerFiles(Path(os.environ["KVTIER_RUN_DIR"]), "kvtier").read_record()
     assert record is not None
     os.kill(record.guardian.pid, signal.SIGKILL)
     engine.await_tier("away")
     engine.half.tier._revival_due_s = 0.0
-    _await_new_server(engine, generation)
+    await_new_server(engine, old)
     engine.staged_turn("after-guardian", 400)
 
 
@@ -120,11 +120,11 @@ def full_of_equals(engine: Engine) -> None:
     value_s, shares = policy.staged_value_s, iter(0.5**i for i in range(len(names)))
     policy.staged_value_s = lambda *asked: next(shares) * value_s(*asked)
     try:
-        turns = {name: _turn(engine, name) for name in names}
+        turns = {name: first_turn(engine, name) for name in names}
     finally:
         del policy.staged_value_s
     assert engine.failures()["stage_l1_full"] - before > 0
-    refused = [name for name in names if _n_staged(engine, name) == 0]
+    refused = [name for name in names if n_staged(engine, name) == 0]
     assert refused
     status = server_status(engine.half.tier._config.endpoint)
     assert status.evicted_chunks == 0
@@ -138,17 +138,17 @@ def full_of_equals(engine: Engine) -> None:
 def room_by_value(engine: Engine) -> None:
     """L1 is full; something of more value comes: cheaper KV goes, and that program recomputes."""
     engine.await_tier()
-    turns = {name: _turn(engine, name) for name in (f"cheap{i}" for i in range(8))}
+    turns = {name: first_turn(engine, name) for name in (f"cheap{i}" for i in range(8))}
     before = server_status(engine.half.tier._config.endpoint).evicted_chunks
     policy = engine.half.policy
     model = policy.prefill.model()
     policy.prefill.model = lambda: model.__class__(*(10 * c for c in model.coefficients))
     try:
-        dear = _turn(engine, "dear", 1300)
+        dear = first_turn(engine, "dear", 1300)
     finally:
         del policy.prefill.model
     assert server_status(engine.half.tier._config.endpoint).evicted_chunks > before
-    assert _n_staged(engine, "dear") == 1311 // BLOCK_TOKENS * BLOCK_TOKENS // CHUNK_TOKENS
+    assert n_staged(engine, "dear") == 1311 // BLOCK_TOKENS * BLOCK_TOKENS // CHUNK_TOKENS
     engine.evict()
     engine.set_policy(reload="always")
     for name, first in turns.items():
@@ -165,58 +165,58 @@ def room_by_expired_lease(engine: Engine) -> None:
     tier.reserve = lambda *args: reserve(*args[:-1], 0.001)
     try:
         for i in range(8):
-            _turn(engine, f"expired{i}")
+            first_turn(engine, f"expired{i}")
     finally:
         del tier.reserve
     before = engine.failures().get("stage_l1_full", 0)
-    _turn(engine, "fresh")
+    first_turn(engine, "fresh")
     assert engine.failures().get("stage_l1_full", 0) == before
-    assert _n_staged(engine, "fresh") > 0, engine.failures()
+    assert n_staged(engine, "fresh") > 0, engine.failures()
 
 
 def killed_before_store(engine: Engine) -> None:
     engine.await_tier()
-    old = _generation(engine)
-    _kill_server()
-    first = _turn(engine, "k-before")
-    assert _n_staged(engine, "k-before") == 0
+    old = generation(engine)
+    kill_server()
+    first = first_turn(engine, "k-before")
+    assert n_staged(engine, "k-before") == 0
     engine.evict()
     second = engine.turn(first.then(tokens("k-before2", 50)), program="k-before")
     assert second.cpu == 0
-    _await_new_server(engine, old)
-    _works_again(engine, "k-before-later")
+    await_new_server(engine, old)
+    works_again(engine, "k-before-later")
 
 
 def killed_during_store(engine: Engine) -> None:
     """The copy ends, but nobody is left to confirm it."""
     engine.await_tier()
-    old = _generation(engine)
+    old = generation(engine)
     with engine.held_copies("store") as go:
         first = engine.turn(tokens("k-store", 700), program="k-store")
         engine.step_until(lambda: engine.half.stager._by_order, "store")
-        _kill_server()
+        kill_server()
         go.set()
         engine.drain()
-    assert _n_staged(engine, "k-store") == 0
+    assert n_staged(engine, "k-store") == 0
     engine.evict()
     assert engine.turn(first.then(tokens("k-store2", 50)), program="k-store").cpu == 0
-    _await_new_server(engine, old)
-    _works_again(engine, "k-store-later")
+    await_new_server(engine, old)
+    works_again(engine, "k-store-later")
 
 
 def killed_between(engine: Engine) -> None:
     """Between store and load: everything staged is gone, and is known to be gone."""
     engine.await_tier()
-    old = _generation(engine)
-    first = _turn(engine, "k-between")
-    assert _n_staged(engine, "k-between") > 0
+    old = generation(engine)
+    first = first_turn(engine, "k-between")
+    assert n_staged(engine, "k-between") > 0
     engine.evict()
     engine.set_policy(reload="always")
-    _kill_server()
+    kill_server()
     second = engine.turn(first.then(tokens("k-between2", 50)), program="k-between")
     assert second.cpu == 0
-    _await_new_server(engine, old)
-    assert _n_staged(engine, "k-between") == 0
+    await_new_server(engine, old)
+    assert n_staged(engine, "k-between") == 0
     third = engine.turn(second.then(tokens("k-between3", 50)), program="k-between")
     engine.drain()
     engine.evict()
@@ -227,33 +227,33 @@ def killed_between(engine: Engine) -> None:
 def killed_during_load(engine: Engine) -> None:
     """The server dies while the copy runs: the memory is still mapped, the copy ends well."""
     engine.await_tier()
-    old = _generation(engine)
+    old = generation(engine)
     engine.set_policy(reload="always")
-    first = _turn(engine, "k-load")
+    first = first_turn(engine, "k-load")
     engine.evict()
     with engine.held_copies("load") as go:
         request_id = engine.start(first.then(tokens("k-load2", 50)), program="k-load")
         engine.step_until(lambda: engine.half.reader.n_loads == 1, "load")
-        _kill_server()
+        kill_server()
         engine.step_until(lambda: str(engine.half.tier.state) == "away", "end of the server")
         go.set()
         assert engine.finish(request_id).cpu == readable(711)
-    _await_new_server(engine, old)
-    _works_again(engine, "k-load-later")
+    await_new_server(engine, old)
+    works_again(engine, "k-load-later")
 
 
 def hung(engine: Engine) -> None:
     """The server stops answering for longer than the time-out: requests go on without it."""
     engine.await_tier()
     engine.set_policy(reload="always")
-    first = _turn(engine, "hung")
+    first = first_turn(engine, "hung")
     engine.evict()
     prompt = first.then(tokens("hung2", 50))
-    pid = _server_pid()
+    pid = server_pid()
     os.kill(pid, signal.SIGSTOP)
     try:
         begin_s = time.monotonic()
-        with _short_timeout(engine):
+        with short_timeout(engine):
             second = engine.turn(prompt, program="hung")
         assert time.monotonic() - begin_s < WAIT_S / 2
         assert second.cpu == 0
@@ -271,16 +271,16 @@ def hung_during_load(engine: Engine) -> None:
     """The server hangs while a copy runs: the copy needs no server."""
     engine.await_tier()
     engine.set_policy(reload="always")
-    first = _turn(engine, "hung-load")
+    first = first_turn(engine, "hung-load")
     engine.evict()
-    pid = _server_pid()
+    pid = server_pid()
     with engine.held_copies("load") as go:
         request_id = engine.start(first.then(tokens("hung-load2", 50)), program="hung-load")
         engine.step_until(lambda: engine.half.reader.n_loads == 1, "load")
         os.kill(pid, signal.SIGSTOP)
         try:
             go.set()
-            with _short_timeout(engine):
+            with short_timeout(engine):
                 engine.finish(request_id)
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -302,22 +302,22 @@ def step_longer_than_the_timeout(engine: Engine) -> None:
 
     half.on_worker = slowly
     try:
-        with _short_timeout(engine):
-            first = _turn(engine, "slow-step")
+        with short_timeout(engine):
+            first = first_turn(engine, "slow-step")
     finally:
         half.on_worker = on_worker
     assert engine.failures().get("tier_lost", 0) == before
-    assert _n_staged(engine, "slow-step") > 0
+    assert n_staged(engine, "slow-step") > 0
     engine.turn(first.then(tokens("slow-step2", 50)), program="slow-step")
 
 
 def gone_while_idle(engine: Engine) -> None:
     """The server ends while nothing is asked of it: noticed without an operation that fails."""
     engine.await_tier()
-    old = _generation(engine)
-    _kill_server()
+    old = generation(engine)
+    kill_server()
     deadline_s = time.monotonic() + WAIT_S
     while str(engine.half.tier.state) == "ready":
         assert time.monotonic() < deadline_s
         engine.half.housekeeping.run(time.monotonic())
-    _await_new_server(engine, old)
+    await_new_server(engine, old)

@@ -16,6 +16,24 @@ WAIT_S = 120.0
 
 def server_status(endpoint: str) -> wire.StatusReply:
     """Ask the server for its counts."""
+    (reply,) = _asked(endpoint, [wire.Status(2)])
+    assert isinstance(reply, wire.StatusReply), reply
+    return reply
+
+
+def occupy(endpoint: str, namespace: str, keys: bytes, slot_bytes: int) -> int:
+    """Store these chunks as another model's engine does; returns how many are resident then."""
+    n_chunks = len(keys) // wire.KEY_BYTES
+    reserve = wire.Reserve(
+        2, namespace, "program", keys, 0, n_chunks, 1, slot_bytes, value_s=1e-6, lease_s=600.0
+    )
+    _, reply = _asked(endpoint, [reserve, wire.Commit(3, 2, ok=True)])
+    assert isinstance(reply, wire.CommitReply), reply
+    return reply.resident_chunks
+
+
+def _asked(endpoint: str, requests: list[wire.Request]) -> list[wire.Reply]:
+    """The server's answers to these, from a client that has said hello."""
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
@@ -23,12 +41,12 @@ def server_status(endpoint: str) -> wire.StatusReply:
         socket.connect(endpoint)
         pid = os.getpid()
         hello = wire.Hello(1, wire.API_VERSION, "probe/0", pid, start_s(pid) or 0.0)
-        for message in (hello, wire.Status(2)):
+        replies = []
+        for message in (hello, *requests):
             socket.send(wire.encoder.encode(message))
             assert socket.poll(int(WAIT_S * 1000)), "the server does not answer"
-            reply = wire.reply_decoder.decode(socket.recv())
-        assert isinstance(reply, wire.StatusReply), reply
-        return reply
+            replies.append(wire.reply_decoder.decode(socket.recv()))
+        return replies[1:]
     finally:
         socket.close()
         context.term()
