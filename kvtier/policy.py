@@ -236,7 +236,7 @@ class Policy:
         So KV whose program returns in a moment keeps out what may be of use in an hour, or never. The
         discount is ``1 / (1 + gap / VALUE_SCALE_S)``, expected over the gap by some of its quantiles.
         """
-        away = self.ttl.away(tool)
+        away = self.ttl.learnt(tool)
         discounts = (1.0 / (1.0 + away.quantile(q) / VALUE_SCALE_S) for q in _GAP_QUANTILES)
         saved_s = max(0.0, self.prefill.model().seconds(0, tokens))
         return saved_s * sum(discounts) / len(_GAP_QUANTILES)

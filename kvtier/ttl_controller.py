@@ -70,17 +70,24 @@ class TtlController:
         """Chance that a program is still away some time after such a turn."""
         return self._gaps.curve(tool)
 
+    def learnt(self, tool: str | None) -> SurvivalCurve:
+        """The same by what was seen alone, whatever is predicted of one pause.
+
+        For what is compared between programs: a single wrong prediction must not cost another one its KV.
+        """
+        return self._gaps.curve(tool)
+
     def lease_s(self, tool: str | None, limit_s: float) -> float:
         """For how long the tier is to value KV staged after such a turn, seconds.
 
         Twice the time in which nine of ten programs return. Whoever stays away for longer has ended in
         most cases, without a word, and must not keep others' KV out of the tier.
         """
-        return min(limit_s, max(MIN_LEASE_S, 2.0 * self.away(tool).quantile(LEASE_QUANTILE)))
+        return min(limit_s, max(MIN_LEASE_S, 2.0 * self.learnt(tool).quantile(LEASE_QUANTILE)))
 
     def mean_gap_s(self, tool: str | None) -> float:
         """How long programs stay away after such a turn in the mean."""
-        return self.away(tool).mean_restricted(MEAN_GAP_LIMIT_S)
+        return self.learnt(tool).mean_restricted(MEAN_GAP_LIMIT_S)
 
     @property
     def output_reuse(self) -> float:

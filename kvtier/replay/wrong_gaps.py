@@ -1,8 +1,9 @@
 """kvtier with predictions of tool times that are wrong on purpose: `kvtier:x10` and its like.
 
 What is predicted is told with certainty, as the reference `oracle` is told the truth: the curve of a pause is a
-step at the wrong time. Everything that asks for a prediction gets it: TTL, regret, leases, the tier's values and
-admission. What is learnt meanwhile is learnt from true gaps. Pauses without a tool call are left alone.
+step at the wrong time. Everything that asks for a prediction of a pause gets it: TTL, regret, what clients are told.
+What is learnt meanwhile is learnt from true gaps; leases, the tier's values and admission go by that alone, which here
+is the curve of all tools together. Pauses without a tool call are left alone.
 """
 
 from __future__ import annotations

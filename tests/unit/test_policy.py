@@ -6,6 +6,7 @@ import pytest
 
 from kvtier.orders import Calibration, OrderResult
 from kvtier.policy import PROBE_EVERY, Policy, PolicyConfig, ReturnChoice
+from kvtier.ttl.gaps import SurvivalCurve
 from kvtier.turns.engine_facts import StepFacts
 from tests.unit.fake_vllm import engine_facts
 
@@ -86,6 +87,25 @@ def test_staged_kv_is_worth_more_where_the_program_returns_soon(
     whole = policy.prefill.model().seconds(0, 4096)
     assert policy.staged_value_s("quick", 4096) == pytest.approx(whole, rel=0.05)
     assert policy.staged_value_s("slow", 4096) < 0.2 * whole
+
+
+def test_what_one_pause_is_predicted_to_last_changes_nothing_between_programs(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the tier values, for how long, and what admission expects: a wrong prediction costs others nothing."""
+    for _ in range(200):
+        policy.ttl.observe_gap("bash", 2.0)
+
+    def answers() -> tuple[float, float, float]:
+        return (
+            policy.staged_value_s("bash", 4096),
+            policy.lease_s("bash"),
+            policy.ttl.mean_gap_s("bash"),
+        )
+
+    before = answers()
+    monkeypatch.setattr(policy.ttl, "away", lambda _: SurvivalCurve((1e6,), (0.0,)))
+    assert answers() == before
 
 
 def test_steps_are_thinned_only_as_long_as_they_come_as_expected(policy: Policy) -> None:
