@@ -126,6 +126,9 @@ class TierBackend(Protocol):
     def drop(self, namespace: str, program: str) -> None:
         """The program is over: free what only it used."""
 
+    def spoilt(self, namespace: str, key: bytes) -> None:
+        """A chunk is not what was stored: let nobody find it, whoever's it is."""
+
     def mark(self, namespace: str, program: str, activity: Activity) -> None:
         """What the program does, and so what its copy is worth.
 
@@ -184,6 +187,9 @@ class NoTier:
         return self._refuse()
 
     def drop(self, namespace: str, program: str) -> None:
+        """Nothing is held."""
+
+    def spoilt(self, namespace: str, key: bytes) -> None:
         """Nothing is held."""
 
     def mark(self, namespace: str, program: str, activity: Activity) -> None:

@@ -180,6 +180,10 @@ class LMCacheBridge:
         """See `TierBackend.drop`."""
         self._send(lambda i: wire.Drop(i, namespace, program), expect_event=False)
 
+    def spoilt(self, namespace: str, key: bytes) -> None:
+        """See `TierBackend.spoilt`."""
+        self._send(lambda i: wire.Spoilt(i, namespace, key), expect_event=False)
+
     def mark(self, namespace: str, program: str, activity: Activity) -> None:
         """See `TierBackend.mark`."""
         self._send(lambda i: wire.Mark(i, namespace, program, activity), expect_event=False)

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from kvtier.backend import Region
 
 Direction = Literal["store", "load"]
-FailureCause = Literal["copy", "integrity"]
-
 TRAILER_BYTES = 64
 """Behind a chunk in its slot, where chunks are checked: see `copies.checksums`. A line of the cache."""
 
@@ -92,7 +90,8 @@ class OrderResult:
         n_bytes: Bytes copied by this worker.
         seconds: Time the copy took, without waiting in line.
         run_bytes: Mean length of the contiguous runs it was made of.
-        cause: Of a failure: the copy, or that what was copied is not what was stored.
+        spoilt_key: Of the first chunk that a load has brought otherwise than it was stored; empty where there
+            is none.
     """
 
     order_id: int
@@ -102,7 +101,12 @@ class OrderResult:
     seconds: float
     run_bytes: int
     error: str = ""
-    cause: FailureCause = "copy"
+    spoilt_key: bytes = b""
+
+    @property
+    def cause(self) -> Literal["copy", "integrity"]:
+        """Of a failure: the copy, or what it has brought."""
+        return "integrity" if self.spoilt_key else "copy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +131,7 @@ class Calibration:
 def merge_results(results: list[OrderResult]) -> OrderResult:
     """One order's results from all ranks: they ran side by side, and one failure fails it."""
     # What is not as it was stored must not be read again, whatever else has failed.
-    failures = sorted((r for r in results if not r.ok), key=lambda r: r.cause == "copy")
+    failures = sorted((r for r in results if not r.ok), key=lambda r: not r.spoilt_key)
     failed = failures[0] if failures else None
     return OrderResult(
         results[0].order_id,
@@ -137,7 +141,7 @@ def merge_results(results: list[OrderResult]) -> OrderResult:
         max(r.seconds for r in results),
         results[0].run_bytes,
         failed.error if failed else "",
-        failed.cause if failed else "copy",
+        failed.spoilt_key if failed else b"",
     )
 
 

@@ -267,6 +267,9 @@ class KVTierModule:
                 return wire.CommitReply(request.id, self._generation, resident, self._used_bytes())
             case wire.Drop():
                 table.drop(request.namespace, request.program)
+            case wire.Spoilt():
+                logger.warning("a chunk of %s is not what was stored there", request.namespace)
+                table.spoilt(request.namespace, request.key)
             case wire.Mark():
                 table.mark(owner, request.namespace, request.program, request.activity, now_s)
             case wire.Status():

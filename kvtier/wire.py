@@ -88,6 +88,14 @@ class Drop(_Message, frozen=True):
     program: str
 
 
+class Spoilt(_Message, frozen=True):
+    """Chunk `key` is not what was stored: no chain goes on with it, nor with what comes behind it."""
+
+    id: int
+    namespace: str
+    key: bytes
+
+
 class Mark(_Message, frozen=True):
     """What the program does: `paused`, `waiting` (to run, so it needs its KV) or `running` (it has it)."""
 
@@ -172,7 +180,7 @@ class Ack(_Message, frozen=True):
     id: int
 
 
-Request = Hello | Lookup | Trim | Reserve | Commit | Drop | Mark | Status
+Request = Hello | Lookup | Trim | Reserve | Commit | Drop | Spoilt | Mark | Status
 Reply = Failed | HelloReply | LookupReply | ReserveReply | CommitReply | StatusReply | Ack
 
 encoder = msgspec.msgpack.Encoder()

@@ -331,5 +331,5 @@ def _to_order_result(result: CopyResult) -> OrderResult:
         seconds=result.seconds,
         run_bytes=int(result.run_bytes),
         error=result.error,
-        cause=result.cause,
+        spoilt_key=result.spoilt_key,
     )

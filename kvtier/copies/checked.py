@@ -134,9 +134,10 @@ class CheckedCopies:
 
     def _has_trailers(self, order: CopyOrder, slots: NDArray[np.int64]) -> bool:
         assert self._region is not None
-        end = self._region.nbytes - self._layout.slot_bytes(order.chunk_blocks) - TRAILER_BYTES
+        trailers = slots + self._layout.slot_bytes(order.chunk_blocks)
+        outside = trailers > self._region.nbytes - TRAILER_BYTES
         fit = len(order.keys) == len(order.slots) * KEY_BYTES
-        return fit and not bool(np.any(slots > end)) and not bool(np.any(slots % 8))
+        return fit and not bool(np.any(outside | (trailers % 8 != 0)))
 
     def _take(self) -> None:
         """Have checked what was copied."""
@@ -188,7 +189,7 @@ class CheckedCopies:
             return result
         return dataclasses.replace(
             _failed(result, NOT_AS_STORED.format(chunk=bad)),
-            cause="integrity",
+            spoilt_key=keys[bad].tobytes(),
             missing_blocks=frozenset(blocks[bad:][blocks[bad:] >= 0].tolist())
             if self._layout.device.type == "cpu"
             else None,

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvtier.copies.kv_layout import KVLayout
-    from kvtier.orders import FailureCause
 
 Direction = Literal["store", "load"]
 """``store``: KV blocks -> slots. ``load``: slots -> KV blocks."""
@@ -83,8 +82,8 @@ class CopyResult:
     """Blocks that a failed load has not written in time; None: possibly all of them."""
     issue_s: float = 0.0
     """Processor time of putting the copy on a stream; 0 where a thread copies."""
-    cause: FailureCause = "copy"
-    """Of a failure: the copy itself, or that what was copied is not what was stored."""
+    spoilt_key: bytes = b""
+    """Of the first chunk that a load has brought otherwise than it was stored; empty where there is none."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -107,6 +107,10 @@ class VirtualTier:
         """See `TierBackend`."""
         self.table.drop(namespace, program)
 
+    def spoilt(self, namespace: str, key: bytes) -> None:
+        """See `TierBackend`."""
+        self.table.spoilt(namespace, key)
+
     def mark(self, namespace: str, program: str, activity: Activity) -> None:
         """See `TierBackend`."""
         self.table.mark(_OWNER, namespace, program, activity, self._now_s)

@@ -203,6 +203,27 @@ class ResidencyTable:
             if (namespace, key) in self._orphans and not self._locked.get((namespace, key)):
                 self._free((namespace, key))
 
+    def spoilt(self, namespace: str, key: bytes) -> None:
+        """A chunk is not what was stored: every chain ends before it.
+
+        It goes unless it is being read, and so does what came behind it, which nobody has compared: else the
+        next staging would take it for good and go on with it.
+        """
+        gone = {key: None}
+        for ref, record in list(self._programs.items()):
+            if ref[0] != namespace or key not in record.keys:
+                continue
+            at = record.keys.index(key)
+            for unreachable in reversed(record.keys[at:]):
+                self._unref((namespace, unreachable))
+                gone[unreachable] = None
+            del record.keys[at:]
+            if not record.keys:
+                del self._programs[ref]
+        for chunk in ((namespace, one) for one in gone):
+            if chunk in self._orphans and not self._locked.get(chunk):
+                self._free(chunk)
+
     def mark(
         self, owner: str, namespace: str, program: str, activity: Activity, now_s: float
     ) -> None:

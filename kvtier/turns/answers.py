@@ -119,7 +119,9 @@ class Answers:
         if not done.ok:
             if turn is not None:
                 turn.bypass_tier = True
-                if done.is_corrupt:
-                    self._stager.discard(turn.program)
+            if done.spoilt_key:
+                self._stager.copies.spoilt(done.spoilt_key)
+                if turn is not None:
+                    self._stager.forget(turn.program)
         elif done.predicted_s > 0:
             self._stats.sample("reload_prediction_ratio", result.seconds / done.predicted_s)

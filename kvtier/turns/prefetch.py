@@ -172,11 +172,12 @@ class Prefetcher:
             return False
         prefetch = piece.prefetch
         if not result.ok:
-            self._accounts.copy_failed(result.cause)
+            self._accounts.copy_failed(result)
             self._stop(prefetch, "copy_failed")
         self._land(prefetch)
-        if result.cause == "integrity" and not result.ok:
-            self._copies.discard(prefetch.program)
+        if result.spoilt_key:
+            self._copies.spoilt(result.spoilt_key)
+            self._copies.forget(prefetch.program)
         return True
 
     def _reason_to_stop(self, prefetch: Prefetch, now_s: float) -> str:

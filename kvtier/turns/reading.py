@@ -51,14 +51,14 @@ class Found:
 class LoadDone:
     """A load ended. `n_tokens` were ordered; `predicted_s` is for checking the cost model.
 
-    `is_corrupt`: the tier holds something else than what was stored.
+    `spoilt_key`: see `OrderResult`.
     """
 
     request_id: str
     ok: bool
     n_tokens: int
     predicted_s: float
-    is_corrupt: bool = False
+    spoilt_key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +244,8 @@ class TierReader:
             return None
         if self._tier.state is TierState.READY:
             self._tier.trim(load.op_id, 0, 0)
-        failed = not result.ok and result.order_id not in self._cancelled
-        if failed:
+        if not result.ok and result.order_id not in self._cancelled:
             self._stats.count("failures", 1, f"load_{result.cause}")
         self._cancelled.discard(result.order_id)
-        is_corrupt = failed and result.cause == "integrity"
-        return LoadDone(load.request_id, result.ok, load.n_tokens, load.predicted_s, is_corrupt)
+        spoilt = result.spoilt_key
+        return LoadDone(load.request_id, result.ok, load.n_tokens, load.predicted_s, spoilt)

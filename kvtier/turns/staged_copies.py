@@ -91,11 +91,9 @@ class StagedCopies:
         """Tell the tier what the program does, and so what the copy is worth."""
         self._tier.mark(self.namespace, name, activity)
 
-    def discard(self, program: str) -> None:
-        """What the tier holds of the program is not what was stored: it is to hold nothing of it."""
-        for name in self.strands.names(program):
-            self._tier.drop(self.namespace, name)
-        self.forget(program)
+    def spoilt(self, key: bytes) -> None:
+        """What the tier holds under this key is not what was stored: nobody must find it any more."""
+        self._tier.spoilt(self.namespace, key)
 
     def forget(self, program: str) -> None:
         """The program is over."""

@@ -96,14 +96,12 @@ class Stager:
         self._quiet_steps = 0
 
     def forget(self, program: str) -> None:
-        """The program is over: its jobs end too, and what they are still told is ignored."""
+        """The program is over, or what is known of its copies is wrong.
+
+        Its jobs end too, and what they are still told is ignored.
+        """
         self.copies.forget(program)
         self._void([job for job in self._active() if job.program == program])
-
-    def discard(self, program: str) -> None:
-        """The tier holds something else than what was stored of the program: it goes, and is staged anew."""
-        self.copies.discard(program)
-        self.forget(program)
 
     def forget_all(self) -> None:
         """Nothing is known to be staged any more, and nothing under way will be."""

@@ -184,6 +184,10 @@ class VirtualTier:
         del namespace
         self.dropped.append(program)
 
+    def spoilt(self, namespace: str, key: bytes) -> None:
+        self._check_open()
+        raise AssertionError(f"{key!r} of {namespace} is what was stored")
+
     def mark(self, namespace: str, program: str, activity: Activity) -> None:
         self._check_open()
         del namespace, program, activity

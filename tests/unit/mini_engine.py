@@ -22,6 +22,7 @@ from kvtier.turns.decision_log import DecisionLog
 from kvtier.turns.engine_facts import StepFacts
 from kvtier.turns.live_mode import LiveMode, Mode
 from kvtier.turns.recorder import TurnRecorder
+from kvtier.wire import KEY_BYTES
 from tests.unit.fake_vllm import BLOCK_TOKENS, FakePool, FakeRequest, content_of, engine_facts
 from tests.unit.virtual_tier import VirtualTier
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvtier.backend import TierBackend
-    from kvtier.orders import FailureCause
 
 STEP_S = 0.01
 
@@ -61,7 +61,7 @@ class Workers:
     Attributes:
         delay: Steps from an order to its end.
         ok: Asked at the end of each order.
-        cause: Of failures.
+        spoils: Loads that fail have brought something else than was stored.
     """
 
     def __init__(self, pool: FakePool, ranks: int) -> None:
@@ -72,7 +72,7 @@ class Workers:
         self._generation = ""
         self.delay = 0
         self.ok: Callable[[Order], bool] = lambda _: True
-        self.cause: FailureCause = "copy"
+        self.spoils = False
         self.orders: list[Order] = []
         self.cancelled: list[int] = []
 
@@ -108,7 +108,9 @@ class Workers:
                 if ok:
                     self._copy(order, rank)
                 result = OrderResult(order.order_id, order.direction, ok, 1000, 1e-4, 1000)
-                results.append(replace(result, cause="copy" if ok else self.cause))
+                if self.spoils and not ok and order.direction == "load":
+                    result = replace(result, spoilt_key=order.keys[:KEY_BYTES])
+                results.append(result)
             if order.direction == "load":
                 loads.append((order, ok))
         return results, loads

@@ -104,7 +104,7 @@ def rig() -> Iterator[Rig]:
 
 
 def spoilt(result: CopyResult) -> bool:
-    return not result.ok and result.cause == "integrity"
+    return not result.ok and bool(result.spoilt_key)
 
 
 def test_what_was_stored_is_loaded(rig: Rig) -> None:
@@ -132,6 +132,7 @@ def test_any_changed_byte_of_a_chunk_fails_its_load(rig: Rig, where: str) -> Non
     assert spoilt(result)
     # What came before it is as it was stored.
     assert result.missing_blocks == {9, 10, 11}
+    assert result.spoilt_key == KEYS[1]
 
 
 def test_a_whole_chunk_of_something_else_fails(rig: Rig) -> None:
@@ -207,7 +208,7 @@ def test_a_check_after_the_deadline_says_nothing(rig: Rig) -> None:
     is_late, answers = rig.engine._is_late, iter([False, True])
     rig.engine._is_late = lambda order: next(answers, is_late(order))  # type: ignore[method-assign]
     result = rig.run("load", [0], [6, 7, 8])
-    assert (result.ok, result.cause, result.error) == (False, "copy", LEASE_ENDED)
+    assert (result.ok, result.spoilt_key, result.error) == (False, b"", LEASE_ENDED)
 
 
 def test_slots_without_room_for_a_sum_are_refused(rig: Rig) -> None:

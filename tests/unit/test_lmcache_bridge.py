@@ -82,7 +82,7 @@ class Server(threading.Thread):
         self.join(WAIT_S)
         assert not self.is_alive()
 
-    def _reply(self, identity: bytes, request: wire.Request) -> wire.Reply:  # noqa: C901 - a case a request
+    def _reply(self, identity: bytes, request: wire.Request) -> wire.Reply:  # noqa: C901, PLR0912 - a case a request
         if isinstance(request, wire.Hello):
             self.hellos.append(request.owner)
             if request.api != wire.API_VERSION:
@@ -119,6 +119,8 @@ class Server(threading.Thread):
                 return wire.StatusReply(r.id, self.generation, self.used, 800, 1, 1, 0, 0, 0)
             case wire.Drop():
                 self.table.drop(r.namespace, r.program)
+            case wire.Spoilt():
+                self.table.spoilt(r.namespace, r.key)
             case wire.Mark():
                 self.table.mark(owner, r.namespace, r.program, r.activity, 0.0)
         return wire.Ack(request.id)
@@ -247,6 +249,10 @@ def test_store_read_and_forget(server: Server, client: Client) -> None:
     for activity in ("waiting", "running", "paused"):
         client.bridge.mark(NS, "p", activity)
         client.until(lambda: server.table._programs[NS, "p"].activity == activity)  # noqa: B023
+    n_chunks = server.table.counts()["chunks"]
+    last = server.table._programs[NS, "p"].keys[-1]
+    client.bridge.spoilt(NS, last)
+    client.until(lambda: server.table.counts()["chunks"] == n_chunks - 1)
     client.bridge.drop(NS, "p")
     client.until(lambda: server.table.counts()["chunks"] == 0)
     assert client.bridge.state is TierState.READY

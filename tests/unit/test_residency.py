@@ -334,6 +334,30 @@ def test_what_a_slow_disk_still_reads_is_neither_lost_nor_taken_for_room() -> No
     assert tier.table.counts()["evicted_chunks"] == 4
 
 
+def test_a_spoilt_chunk_ends_every_chain_that_has_it() -> None:
+    """Else programs that share it would keep it alive for each other, and find it wrong for ever."""
+    tier = Tier(8)
+    tier.store("p", "sysA")
+    tier.store("q", "sysB")
+    tier.table.spoilt(NS, keys_of("sy")[KEY_BYTES:])
+    assert (tier.hit("sysA"), tier.hit("sysB")) == (1, 1)
+    _, slots = tier.reserve("p", "sysA")
+    assert slots is not None
+    assert slots[0][0] == -1
+    assert min(slots[0][1:]) >= 0, "nobody has compared what came behind it"
+    tier.commit(tier.next_id)
+    assert (tier.hit("sysA"), tier.hit("sysB")) == (4, 3)
+    tier.table.spoilt("other", keys_of("s"))
+    assert tier.hit("sysA") == 4
+    lookup_id, _, _ = tier.lookup("s")
+    tier.table.spoilt(NS, keys_of("s"))
+    # Being read: its memory is not another chunk's yet.
+    assert tier.table.counts()["programs"] == 0
+    tier.table.trim("e", lookup_id, 0, 0)
+    tier.table.spoilt(NS, keys_of("s"))
+    assert tier.hit("sysA") == 0
+
+
 def test_shared_prefixes_live_until_their_last_program() -> None:
     tier = Tier(8)
     tier.store("p", "sysA")
@@ -557,6 +581,10 @@ class ResidencyMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1.0, 6.0]))
     def wait(self, seconds: float) -> None:
         self.tier.now_s += seconds
+
+    @rule(path=paths)
+    def spoilt(self, path: str) -> None:
+        self.tier.table.spoilt(NS, keys_of(path)[-KEY_BYTES:])
 
     @rule(chance=st.randoms(use_true_random=False))
     def disk(self, chance: Random) -> None:

@@ -66,14 +66,14 @@ def test_a_load_of_something_else_is_computed_and_staged_anew(
     """What the tier holds is wrong, so it must not be found, nor spare its store, any more."""
     first = staged_program(engine)
     n_staged = tier.table.counts()["chunks"]
-    engine.workers.ok, engine.workers.cause = lambda order: order.direction != "load", "integrity"
-    held: list[int] = []
+    engine.workers.ok, engine.workers.spoils = lambda order: order.direction != "load", True
     engine.add(follow_up(first, "r2"))
     while not failures(engine):
         engine.step()
-    held.append(tier.table.counts()["chunks"])
+    # Its first chunk has gone, and with it the others.
+    assert (tier.table.counts()["chunks"], tier.table.counts()["programs"]) == (0, 0)
+    assert len(engine.half.stager.copies) == 0, "no pin is given up for what is not there"
     engine.run()
-    assert held == [0]
     assert failures(engine) == {"load_integrity": 1}
     assert tier.table.counts()["chunks"] > n_staged
     engine.workers.ok = lambda _: True

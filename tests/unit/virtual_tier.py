@@ -182,6 +182,11 @@ class VirtualTier:
         if self.state is TierState.READY:
             self.table.drop(namespace, program)
 
+    def spoilt(self, namespace: str, key: bytes) -> None:
+        self._check_open()
+        if self.state is TierState.READY:
+            self.table.spoilt(namespace, key)
+
     def mark(self, namespace: str, program: str, activity: Activity) -> None:
         self._check_open()
         self.marked.append((program, activity))

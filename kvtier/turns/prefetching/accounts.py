@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvtier.orders import FailureCause
+    from kvtier.orders import OrderResult
     from kvtier.stats import Stats
     from kvtier.turns.decision_log import DecisionLog
     from kvtier.turns.engine_facts import EngineFacts
@@ -41,9 +41,9 @@ class PrefetchAccounts:
             entry = {"action": outcome, "reason": reason, "detail": detail}
             self._log.write("prefetch", program, request_id, entry)
 
-    def copy_failed(self, cause: FailureCause) -> None:
+    def copy_failed(self, result: OrderResult) -> None:
         """A piece could not be copied, or is not what was stored."""
-        self._stats.count("failures", 1, f"prefetch_{cause}")
+        self._stats.count("failures", 1, f"prefetch_{result.cause}")
 
     def ended(self, prefetch: Prefetch) -> None:
         """Nothing of it is under way any more."""
