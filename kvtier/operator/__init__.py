@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 # These register their commands at `TOP_LEVEL`.
-from kvtier.operator import explain, status, top, watch
+from kvtier.operator import chaos, explain, status, top, watch
 from kvtier.operator.command import TOP_LEVEL
 from kvtier.operator.policy import POLICY
 from kvtier.operator.programs import PROGRAMS
@@ -14,7 +14,7 @@ from kvtier.operator.ttl import TTL
 if TYPE_CHECKING:
     import typer
 
-__all__ = ["add_commands", "explain", "status", "top", "watch"]
+__all__ = ["add_commands", "chaos", "explain", "status", "top", "watch"]
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -46,6 +46,7 @@ NOT_HERE = {
     "replay": "tests/engine/test_docs_replay.py runs each",
     "calibrate": "measures; test_measuring.py runs it, and with --running operator/test_commands.py",
     "bench": "takes minutes; test_linkbench.py runs it",
+    "chaos": "breaks what runs; operator/test_chaos.py runs it",
 }
 HARMLESS = (
     r"\(umask 077; python3 -c '.*' > tokens\)",
