@@ -29,6 +29,11 @@ def ready(engine: Engine) -> str:
     return str(engine.half.tier.region.generation)
 
 
+def failures(engine: Engine) -> dict[str, float]:
+    """What was counted so far."""
+    return engine.failures()
+
+
 @contextlib.contextmanager
 def short_timeout(engine: Engine) -> Iterator[None]:
     """A hung server is given up after a second: where none hangs, a busy machine's may take longer."""

@@ -24,20 +24,22 @@ pytestmark = pytest.mark.engine
 DRAM_GB = 0.02
 """80 chunks of 256 KiB: seven of the scenarios' programs."""
 
-SCENARIOS = [
-    "strangers",
-    "full_of_equals",
-    "room_by_value",
-    "room_by_expired_lease",
-    "step_longer_than_the_timeout",
-    "hung",
-    "hung_during_load",
-    "killed_before_store",
-    "killed_during_store",
-    "killed_between",
-    "killed_during_load",
-    "guardian_killed",
-]
+SCENARIOS = {
+    "strangers": "",
+    "full_of_equals": "stage_l1_full",
+    "room_by_value": "",
+    "room_by_expired_lease": "",
+    "step_longer_than_the_timeout": "",
+    "hung": "tier_lost",
+    "hung_during_load": "",
+    "killed_before_store": "tier_lost",
+    "killed_during_store": "tier_lost",
+    "killed_between": "tier_lost",
+    "killed_during_load": "tier_lost",
+    "guardian_killed": "tier_lost",
+}
+"""What happens, and what is counted for it."""
+AWAY = "CPU tier away, pinning only"
 
 
 @pytest.fixture(scope="module")
@@ -57,4 +59,11 @@ def engine(
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_scenario(engine: EngineChild, plain: PlainVllm, scenario: str) -> None:
+    begin = engine.log.stat().st_size
+    before = engine.call("failures", settle=False)["value"]
     plain.check(engine.call(scenario)["records"])
+    after = engine.call("failures", settle=False)["value"]
+    counted, kind = {k for k, n in after.items() if n > before.get(k, 0)}, SCENARIOS[scenario]
+    assert not kind or kind in counted
+    log = engine.log.read_bytes()[begin:].decode(errors="replace")
+    assert (AWAY in log) == ("tier_lost" in counted)
