@@ -320,6 +320,20 @@ def call_the_control_server_back(engine: Engine) -> None:
 # -- a server that the test keeps ------------------------------------------------------------------
 
 
+_last_generation = ""
+
+
+def found_another(engine: Engine) -> None:
+    """Wait for a server that is not the last one that this has waited for."""
+    global _last_generation  # noqa: PLW0603 - as long as the engine
+    deadline_s = time.monotonic() + WAIT_S
+    while (region := engine.half.tier.region) is None or region.generation == _last_generation:
+        assert time.monotonic() < deadline_s
+        engine.half.housekeeping.run(time.monotonic())
+        time.sleep(0.01)
+    _last_generation = ready(engine)
+
+
 def no_tier(engine: Engine, name: str) -> str:
     """Two turns without a tier; what the engine knows of it."""
     first = engine.turn(tokens(name, 700), program=name)
@@ -345,20 +359,25 @@ def load_one(engine: Engine, name: str, prompt: list[int]) -> int:
 
 
 def many(engine: Engine, n_programs: int) -> dict[str, Any]:
-    """More programs than the tier has room for, and each comes back once."""
+    """Programs, of which the newest is always worth most, and each comes back once."""
     engine.await_tier()
-    told = Told(engine)
+    told, tier = Told(engine), engine.half.tier
+    reserve = tier.reserve
+    tier.reserve = lambda *args: reserve(*args[:-1], 0.001)
     names = [f"many{i}" for i in range(n_programs)]
     firsts = {}
-    for name in names:
-        firsts[name] = engine.turn(tokens(name, 700), program=name)
-        engine.drain()
-    engine.set_policy(reload="always")
-    loaded = 0
-    for name in reversed(names):
-        engine.drain()
-        engine.evict()
-        loaded += engine.turn(firsts[name].then(tokens(f"{name}-2", 50)), program=name).cpu > 0
+    try:
+        for name in names:
+            firsts[name] = engine.turn(tokens(name, 700), program=name)
+            engine.drain()
+        engine.set_policy(reload="always")
+        loaded = 0
+        for name in reversed(names):
+            engine.drain()
+            engine.evict()
+            loaded += engine.turn(firsts[name].then(tokens(f"{name}-2", 50)), program=name).cpu > 0
+    finally:
+        del tier.reserve
     return {**told.facts(), "loaded": loaded}
 
 
