@@ -212,6 +212,7 @@ class Drive:
         cached_tokens: Prompt tokens found in the prefix cache (or loaded), by request.
         first_step: Step in which a request was first scheduled.
         preempted_beside_pins: Preemptions after which pins still kept blocks that nobody else held.
+        step_s: How long a step takes.
         worst_idle_run: Longest run of steps that scheduled nothing although requests waited, while
             no step and no copy was under way whose end they might have waited for.
     """
@@ -234,6 +235,7 @@ class Drive:
         self.output: dict[str, list[int]] = {}
         self.cached_tokens: dict[str, int] = {}
         self.first_step: dict[str, int] = {}
+        self.step_s = STEP_S
         self.worst_idle_run = 0
         self.worker = CopyWorker(self.kv if self._track_kv else None, fate or (lambda _: (0, True)))
         self._idle_run = 0
@@ -259,7 +261,7 @@ class Drive:
             self._in_flight.append((scheduled, output, work))
             if len(self._in_flight) < self._depth and scheduler.has_unfinished_requests():
                 return
-        self.engine.clock.now_s += STEP_S
+        self.engine.clock.now_s += self.step_s
         if self._in_flight:
             self._take_output(*self._in_flight.popleft())
 
@@ -295,6 +297,12 @@ class Drive:
     def text(self, request: Request) -> list[int]:
         """Prompt and output of a finished request."""
         return [*request.prompt_token_ids, *self.output[request.request_id]]
+
+    def forget(self, request_id: str) -> None:
+        """Remember nothing of a finished request."""
+        for told in (self.output, self.cached_tokens, self.first_step):
+            told.pop(request_id, None)
+        self.kv.forget(request_id)
 
     # -- internals ---------------------------------------------------------------------------------
 

@@ -111,6 +111,10 @@ class SymbolicKV:
         """The request is over, and its id may name another one."""
         self._chains.pop(request_id, None)
 
+    def forget_slots(self, but_of: str) -> None:
+        """The memory of other generations than this one has gone."""
+        self._slots = {key: held for key, held in self._slots.items() if key[0] == but_of}
+
     def chain(self, request: Any, end: int) -> list[int]:
         """The values of a request's first `end` tokens, at least."""
         chain = self._chains.setdefault(request.request_id, [])

@@ -102,6 +102,18 @@ class Meter:
         return len(pin.block_ids) * self._life.half.facts.block_bytes
 
 
+def left_over(life: Life) -> dict[str, int]:
+    """What a calm should have ended and has not: copies and who waits for them, holds, locks."""
+    half = life.half
+    left = {
+        "loads": half.reader.n_loads,
+        "staging jobs": half.stager.n_jobs,
+        "prefetches": half.prefetcher.n_going + half.prefetcher.n_in_flight,
+        "holds": half.pins.held_blocks,
+    } | (life.tier.leaks() if life.tier is not None else {})
+    return {name: n for name, n in left.items() if n}
+
+
 class Invariants:
     """See the module's docstring.
 
@@ -164,14 +176,8 @@ class Invariants:
         if life.engine.scheduler.requests or life.open:
             raise Broken(f"4: unfinished: {list(life.engine.scheduler.requests)}")
         self._check_cached_blocks()
-        half = self._half
-        left = {
-            "loads": half.reader.n_loads,
-            "staging jobs": half.stager.n_jobs,
-            "prefetches": half.prefetcher.n_going + half.prefetcher.n_in_flight,
-            "holds": half.pins.held_blocks,
-        } | (life.tier.leaks() if life.tier is not None else {})
-        if any(left.values()):
+        left = left_over(life)
+        if left:
             raise Broken(f"1: left over in a calm: {left}")
         self._check_picture()
 

@@ -45,6 +45,7 @@ class Life(Walk):
     Args:
         seed: Of all chance.
         watch: Called after each transition.
+        plan: Drawn where it is not given.
 
     Attributes:
         plan: What it was drawn with.
@@ -56,9 +57,11 @@ class Life(Walk):
         is_calm: Nothing goes wrong now.
     """
 
-    def __init__(self, seed: int, watch: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, seed: int, watch: Callable[[], None] = lambda: None, plan: Plan | None = None
+    ) -> None:
         chance = random.Random(seed)
-        self.plan: Plan = draw(chance)
+        self.plan: Plan = plan or draw(chance)
         self.tier = UnreliableTier(self.plan.n_slots, chance) if self.plan.n_slots else None
         tier: TierBackend = self.tier if self.tier is not None else NoTier()
         self.wall_offset_s = WALL_S

@@ -29,6 +29,7 @@ class UnreliableTier(VirtualTier):
         max_delay: Most polls until an answer comes.
         fail_share: Of operations.
         repeat_share: Of answers that come twice.
+        remembers: Whether `held_once` is kept: a long life has many chunks.
         held_once: Chunks that were ever there when something was committed.
     """
 
@@ -36,6 +37,7 @@ class UnreliableTier(VirtualTier):
         self.is_calm = True
         self.max_delay = 0
         self.fail_share = self.repeat_share = 0.0
+        self.remembers = True
         self.held_once: set[ChunkId] = set()
         self._chance = chance
         self._lost_s = 0.0
@@ -70,7 +72,8 @@ class UnreliableTier(VirtualTier):
 
     def commit(self, reserve_id: int, *, ok: bool) -> int:
         op_id = super().commit(reserve_id, ok=ok)
-        self.held_once.update(self.l1.chunks)
+        if self.remembers:
+            self.held_once.update(self.l1.chunks)
         return op_id
 
     def holds(self, namespace: str, key: bytes) -> int | None:

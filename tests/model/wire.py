@@ -44,7 +44,7 @@ class Wire:
         frame = self.inbox.popleft()
         try:
             message = messages.engine_decoder.decode(frame)
-        except messages.msgspec.DecodeError:
+        except (messages.msgspec.DecodeError, UnicodeDecodeError):
             return frame
         if not isinstance(message, messages.Resync):
             self.due[message.id] += 1
