@@ -12,6 +12,7 @@ import datetime as dt
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
@@ -266,13 +267,13 @@ def load_profile(path: Path) -> Profile | None:
         return _parse(json.loads(text))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         logger.warning("calibration profile %s ignored: %s: %s", path, type(error).__name__, error)
         return None
 
 
 def _parse(data: dict[str, object]) -> Profile:
-    """Check and build; every defect raises ValueError, TypeError or KeyError."""
+    """Check and build; every defect raises ValueError, TypeError, KeyError or OverflowError."""
     if not isinstance(data, dict) or data.get("version") != PROFILE_VERSION:
         msg = f"not a profile of version {PROFILE_VERSION}"
         raise ValueError(msg)
@@ -302,7 +303,10 @@ def _parse(data: dict[str, object]) -> Profile:
             for way, rate in dict(cast("dict[str, float]", data.get("ceilings", {}))).items()
         },
     )
-    if any(s.cached_tokens < 0 or s.new_tokens <= 0 or s.seconds <= 0 for s in profile.prefill):
+    if any(
+        s.cached_tokens < 0 or s.new_tokens <= 0 or not 0 < s.seconds < math.inf
+        for s in profile.prefill
+    ):
         msg = "a prefill sample is out of range"
         raise ValueError(msg)
     return profile

@@ -147,7 +147,8 @@ def _file_layer(variables: Mapping[str, str]) -> Layer:
         raise ConfigError(msg) from error
     try:
         content = parse(text)
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        # Parsers raise more than their own errors: for a day that there is not, say, or for what nests too deeply.
         msg = f"{where}: not valid {path.suffix.lstrip('.').upper()}: {error}"
         raise ConfigError(msg) from error
     # A file may hold the settings of several programs; kvtier's are then under its name.

@@ -210,7 +210,7 @@ def read_settings(text: str, policies: Sequence[str]) -> tuple[dict[str, Any], d
     """
     try:
         extra = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError("--settings", f"{text!r}: no JSON: {error}") from None
     accepted = 'accepted is an object such as {"kvtier.max_ttl_s": 60}'
     if not isinstance(extra, dict):

@@ -227,7 +227,7 @@ def _transfer_config(flags: VllmFlags, extra: Mapping[str, object]) -> dict[str,
     text = flags.value(_TRANSFER_FLAG)
     try:
         given = {} if text is None else json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ServeError(f"{_TRANSFER_FLAG}={text}: not valid JSON: {error}") from error
     if not isinstance(given, dict):
         raise ServeError(f"{_TRANSFER_FLAG}={text}: accepted is a JSON object")

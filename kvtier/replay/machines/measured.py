@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -44,9 +45,12 @@ def read(path: Path) -> Measured:
         link_bytes_per_s = float(max(rate for _, rate in profile["load"]["points"]))
         name = str(profile["gpu"] or profile["cpu"])
         measured_at = str(profile["measured_at"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}; {_HOW}") from error
     if not samples:
         raise ValueError(f"{path}: holds no prefill times; {_HOW}")
+    figures = (link_bytes_per_s, *(seconds for _, seconds in samples))
+    if not all(math.isfinite(figure) and figure > 0 for figure in figures):
+        raise ValueError(f"{path}: a time or a bandwidth is no positive number; {_HOW}")
     source = f"kvtier calibrate, {measured_at}"
     return Measured(GpuSpec(name, 0.0, 0.0, 0.0, link_bytes_per_s, source=source), fit(samples))
