@@ -1,6 +1,6 @@
 # One word each; `make help` lists them. All of them set up what they need first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test long lint format bench docs protos lock gpu-bundle clean
+.PHONY: help setup demo test long fuzz soak load lint format audit sbom dist bench docs protos lock gpu-bundle clean
 
 BIN := .venv/bin
 
@@ -20,15 +20,36 @@ test: setup ## the tests that this machine can run, but for the long ones
 long: setup ## the tests that take minutes: engines of several ranks, LoRA, drafts, grammars
 	TEST_LONG=1 $(BIN)/python -m pytest -m long
 
-lint: setup ## ruff, mypy --strict and the import contracts
+# FUZZ_EXAMPLES: of each fuzzer; without it as many as `make test` tries.
+fuzz: setup ## damaged and hostile input for what reads traces, settings and messages
+	$(BIN)/python -m pytest tests/fuzz -p no:xdist --timeout 0
+
+soak: setup ## eight hours of virtual time at saturating load, with faults (minutes)
+	$(BIN)/python bench/soak.py
+
+load: setup ## kvtier's cost as the programs held grow from 10 to 10,000 (minutes)
+	$(BIN)/python bench/load.py
+
+lint: setup ## ruff, mypy --strict, the import contracts and bandit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml kvtier bench scripts
 
 format: setup ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Asks an advisory service on the internet, so it is no part of `.ci/run`.
+audit: setup ## known vulnerabilities of what the lock names
+	scripts/audit.sh
+
+sbom: setup ## a bill of materials of the lock, as CycloneDX (dist/)
+	scripts/sbom.sh
+
+dist: setup ## the files of a release, with their digests (dist/)
+	scripts/dist.sh
 
 bench: setup ## what a decision costs the scheduler
 	$(BIN)/python bench/decision_cost.py

@@ -79,7 +79,9 @@ def _model_file(model: str, name: str) -> str | None:
     from huggingface_hub import hf_hub_download  # noqa: PLC0415 - not for a local model
 
     try:
-        return Path(hf_hub_download(model, name)).read_text(encoding="utf-8")
+        # The revision that vLLM itself will serve: the newest of the model that the user has named.
+        found = hf_hub_download(model, name)  # nosec B615
+        return Path(found).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         # vLLM will say what is wrong with the model itself; the template alone may be missing.
         logger.debug("%s of %s: %s", name, model, error)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,7 +17,6 @@ from tests.engine.tier_probe import await_clean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from tests.engine.conftest import PlainVllm
     from tests.engine.engine_child import EngineChild
@@ -23,6 +25,18 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 SETTINGS = {"dram_gb": 0.25}
 READABLE = readable(711)
+
+
+def check_owner_only(run_dir: Path, segment: Path) -> None:
+    """KV, sockets, locks and logs are the owner's alone, each by itself or by its directory."""
+    assert stat.S_IMODE(segment.stat().st_mode) == 0o600
+    assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
+    sockets = [path for path in run_dir.rglob("*") if path.is_socket()]
+    assert {path.name for path in sockets} >= {"kvtier.kvtier.sock", "kvtier.control.link.sock"}
+    for path in (segment, *sockets, *run_dir.rglob("*.log"), *run_dir.rglob("*.lease")):
+        found = path.stat()
+        assert found.st_uid == os.geteuid()
+        assert found.st_mode & (stat.S_IRWXG | stat.S_IRWXO) == 0, path
 
 
 def test_engines_share_a_server_and_nothing_else(
@@ -38,6 +52,7 @@ def test_engines_share_a_server_and_nothing_else(
     (summary,) = status(run_dir)
     assert len(summary.lease_pids) == 2
     server_pid = summary.server_pid
+    check_owner_only(run_dir, Path("/dev/shm") / summary.state.shm_name)
     endpoint = f"ipc://{run_dir}/kvtier.kvtier.sock"
 
     answer = first.call("stage", name="one", settle=False)
