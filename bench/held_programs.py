@@ -43,7 +43,7 @@ class HeldLoad:
     turn_tokens: int = 64
     output_tokens: int = 8
     turns: int = 12
-    gap_s: float = 60.0
+    gap_s: float = 180.0
     gpu_share: float = 0.25
     tier_share: float = 0.75
     step_tokens: int = 16_384

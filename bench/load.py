@@ -2,9 +2,10 @@
 
     python bench/load.py [--sizes 10,30,100,...] [--json FILE] [--png FILE]
 
-vLLM's real scheduler with the production connector, in virtual time, without a model. Each program takes a turn a minute,
-so that ten times the programs bring ten times the turns, as more users would: what is asked is how kvtier's time in a
-second of such work grows. GPU memory holds a quarter of all contexts and the CPU tier three quarters, whatever the number,
+vLLM's real scheduler with the production connector, in virtual time, without a model. Each program takes a turn in three
+minutes, so that ten times the programs bring ten times the turns, as more users would: what is asked is how kvtier's time
+in a second of such work grows. (At one turn a minute 10,000 programs bring more than three turns a step, and a queue
+grows: see docs/known-gaps.md.) GPU memory holds a quarter of all contexts and the CPU tier three quarters, whatever the number,
 so pins are displaced, run out and are broken, KV is staged, reloaded and dropped at every size alike. The CPU tier is
 the server's own bookkeeping; its time is counted apart, as it is another process's. Time of vLLM's own (allocations
 that are tried again, the freeing of blocks that pins put off) is not kvtier's. All are the thread's processor time. Garbage
