@@ -44,7 +44,7 @@ class ControlMetrics:
         self._lost_events = Counter(
             "kvtier_control_lost_events",
             "Events that did not reach a watcher, by where they were lost: the watcher read too slowly, "
-            "or the engine had no room for them.",
+            "or the engine had no room for them, or nobody to tell.",
             ["where"],
             registry=self.registry,
         )

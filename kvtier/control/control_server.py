@@ -179,9 +179,7 @@ class ControlServer:
 
     def reported(self, engine: EngineRecord, report: link.Report) -> None:
         """See `LinkFollower`."""
-        if report.lost:
-            self.metrics.lost_events("engine", report.lost)
-            self.hub.lose(report.lost)
+        self.events_lost(report.lost)
         engine_id = engine.engine_id
         if self._spans is not None:
             self._spans.reported(engine_id, report.events)
@@ -193,6 +191,12 @@ class ControlServer:
                 event.program,
                 lambda event=event: watched_events.of_event(engine_id, event),  # type: ignore[misc]
             )
+
+    def events_lost(self, count: int) -> None:
+        """See `LinkFollower`."""
+        if count:
+            self.metrics.lost_events("engine", count)
+            self.hub.lose(count)
 
     def answered(self, pending: Pending, answer: link.Answer) -> None:
         """See `LinkFollower`."""

@@ -1,6 +1,7 @@
 """What happens in an engine, as events for the control server, and the picture of its programs that they make.
 
-Without a server nothing is recorded but that picture. What does not fit is counted and dropped.
+Without a server nothing is recorded but that picture. What does not fit is counted and dropped, and so is
+what happens after a server has gone: whoever follows next is told how much it was.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class EngineEvents(Happenings):
         self._events: list[messages.Event] = []
         self._lost = 0
         self._is_followed = False
+        self._was_followed = False
         self._offset_s = 0.0
 
     @property
@@ -46,7 +48,7 @@ class EngineEvents(Happenings):
         return self._is_followed
 
     def _take_events(self) -> tuple[list[messages.Event], int]:
-        """What has happened since the last call, and how much of it did not fit."""
+        """What has happened since the last call, and how much of it, or before it, was lost."""
         events, self._events = self._events, []
         lost, self._lost = self._lost, 0
         return events, lost
@@ -66,7 +68,7 @@ class EngineEvents(Happenings):
         known.last_active_s = turn.arrived_s
         known.waiting.add(turn.request_id)
         known.tool = known.gap_s = None
-        if self._is_followed:
+        if self._wanted():
             self._tell(
                 messages.TurnStarted(
                     at_s=turn.arrived_s + self._offset_s,
@@ -86,7 +88,7 @@ class EngineEvents(Happenings):
             return
         known.waiting.discard(turn.request_id)
         known.running.add(turn.request_id)
-        if self._is_followed:
+        if self._wanted():
             total = int(turn.request.num_tokens)
             self._tell(
                 messages.TurnRunning(
@@ -111,7 +113,7 @@ class EngineEvents(Happenings):
         known.last_active_s = now_s
         known.context_tokens = int(turn.request.num_tokens)
         known.tool, known.gap_s = tool, gap_s
-        if self._is_followed:
+        if self._wanted():
             self._tell(
                 messages.TurnEnded(
                     at_s=now_s + self._offset_s,
@@ -142,7 +144,7 @@ class EngineEvents(Happenings):
         at_s = self._clock() + self._offset_s
         if event == "release":
             known.pins.pop(request_id, None)
-            if self._is_followed:
+            if self._wanted():
                 self._tell(
                     messages.PinEnded(
                         at_s=at_s,
@@ -152,7 +154,7 @@ class EngineEvents(Happenings):
                         tokens=entry["blocks"] * self._block_tokens,
                     )
                 )
-        elif self._is_followed and event in _DECISIONS:
+        elif event in _DECISIONS and self._wanted():
             inputs = {k: v for k, v in entry.items() if k not in _OUTCOME}
             self._tell(
                 messages.Decided(
@@ -175,7 +177,7 @@ class EngineEvents(Happenings):
             return
         tokens = len(pin.block_ids) * self._block_tokens
         known.pins[pin.key] = tokens, pin.deadline_s
-        if self._is_followed:
+        if self._wanted():
             self._tell(
                 messages.Pinned(
                     at_s=self._clock() + self._offset_s,
@@ -192,7 +194,7 @@ class EngineEvents(Happenings):
         if known is None:
             return
         known.cpu_tokens = tokens
-        if self._is_followed:
+        if self._wanted():
             at_s = self._clock() + self._offset_s
             self._tell(messages.Staged(at_s=at_s, program=known.key, tokens=tokens))
 
@@ -201,7 +203,7 @@ class EngineEvents(Happenings):
     ) -> None:
         """See `Happenings`."""
         known = self._programs.get(program)
-        if known is not None and self._is_followed:
+        if known is not None and self._wanted():
             self._tell(
                 messages.Loaded(
                     at_s=self._clock() + self._offset_s,
@@ -216,9 +218,15 @@ class EngineEvents(Happenings):
     def program_gone(self, program: str) -> None:
         """See `Happenings`."""
         known = self._programs.pop(program, None)
-        if known is not None and self._is_followed:
+        if known is not None and self._wanted():
             at_s = self._clock() + self._offset_s
             self._tell(messages.ProgramGone(at_s=at_s, program=known.key))
+
+    def _wanted(self) -> bool:
+        """Whether an event is to be told; asked once for each. It is lost where nobody listens any more."""
+        if not self._is_followed and self._was_followed:
+            self._lost += 1
+        return self._is_followed
 
     def _tell(self, event: messages.Event) -> None:
         if len(self._events) < MAX_EVENTS:

@@ -2,7 +2,8 @@
 
 Runs on the scheduler's thread and never waits: one non-blocking ZeroMQ socket, looked at a few hundred
 times a second at most. Without a server nothing is recorded but the picture of the programs, and sends
-cost nothing. What does not fit is counted and dropped: following kvtier must not slow the engine down.
+cost nothing. What does not fit is counted and dropped: following kvtier must not slow the engine down. What is lost
+with a server that goes, or that takes nothing for a while, is told to the one that follows next.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ class EngineLink(EngineEvents):
                 logger.warning("a message of the control server is ignored: %s", error)
                 continue
             if isinstance(message, messages.Resync):
-                self._send(self._hello())
-                self._start_following()
+                if self._send(self._hello()):
+                    self._start_following()
                 continue
             if not self._is_followed:
                 self._start_following()
@@ -142,16 +143,17 @@ class EngineLink(EngineEvents):
         self._next_gauges_s = now_s + GAUGES_INTERVAL_S
         self._offset_s = self._wall_clock() - now_s
         events, lost = self._take_events()
-        self._send(
-            messages.Report(
-                engine_id=self.engine_id,
-                sent_s=self._wall_clock(),
-                events=events,
-                gauges=self._read_gauges(),
-                lost=lost,
-            )
+        report = messages.Report(
+            engine_id=self.engine_id,
+            sent_s=self._wall_clock(),
+            events=events,
+            gauges=self._read_gauges(),
+            lost=lost,
         )
-        if lost:
+        if not self._send(report):
+            # Whoever follows next is told.
+            self._lost += lost + len(events)
+        elif lost:
             # The server's picture has holes now.
             self._pages.begin()
 
@@ -178,8 +180,8 @@ class EngineLink(EngineEvents):
             logger.exception("the control server could not be started again")
 
     def _start_following(self) -> None:
-        self._is_followed = True
-        self._events.clear()
+        # A server that asks who this is gets what has not been told yet, too.
+        self._is_followed = self._was_followed = True
         self._offset_s = self._wall_clock() - self._clock()
         self._next_gauges_s = float("-inf")
         self._pages.begin()
@@ -194,7 +196,7 @@ class EngineLink(EngineEvents):
                 self._unfollowed()
             return
         self._patient_since_s = None
-        if self._events:
+        if self._events or self._lost:
             # A page is of now: what has happened before comes before it.
             self._report(now_s)
         if self._is_followed:
@@ -206,6 +208,7 @@ class EngineLink(EngineEvents):
     def _unfollowed(self) -> None:
         self._patient_since_s = None
         self._is_followed = False
+        self._lost += len(self._events)
         self._events.clear()
         self._pages.stop()
 

@@ -53,6 +53,9 @@ class LinkFollower(Protocol):
     def reported(self, engine: EngineRecord, report: link.Report) -> None:
         """Events have been taken into the registry."""
 
+    def events_lost(self, count: int) -> None:
+        """So many events did not come, or came from one who has not said who it is."""
+
     def answered(self, pending: Pending, answer: link.Answer) -> None:
         """A command has its answer."""
 
@@ -159,6 +162,8 @@ class LinkServer:
                 if self._engine_ids.get(identity) == message.engine_id:
                     self._engine_gone(message.engine_id, "bye")
             case _ if self._engine_ids.get(identity) != message.engine_id:
+                if isinstance(message, link.Report):
+                    self._follower.events_lost(len(message.events) + message.lost)
                 self._ask_who(identity)
             case link.Programs():
                 self._registry.programs_page(message, self._clock())

@@ -425,6 +425,78 @@ def test_a_program_that_cannot_be_written_does_not_hide_the_others(
     assert sorted(names([rig.follow()])) == ["a", "c"]
 
 
+def test_what_is_lost_with_a_server_that_does_not_read_is_told_when_it_reads_again(
+    rig: Rig, server: Server
+) -> None:
+    server.bind()
+    rig.engine.run(turn("r1", prompt(30), session="agent", hints={"pin": False}))
+    rig.follow()
+    server.all()
+    (handle,) = rig.link._programs
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        told += 1
+        rig.link.staged(handle, told)
+
+    while rig.link.is_followed:
+        # Two events in a report: the one that fails, too, has more than one.
+        tell()
+        tell()
+        rig.engine.now_s += 1.1
+        rig.link.report(rig.engine.now_s, idle=True)
+        assert told < 100_000
+    for _ in range(7):
+        tell()
+    found = server.all()
+    server.send(messages.Resync())
+    rig.wake_until(lambda: rig.link.is_followed)
+    for _ in range(3):
+        rig.engine.now_s += 1.1
+        rig.engine.wake()
+        tell()
+        rig.engine.half.report(rig.engine.now_s + 1.0)
+    found += server.all()
+    seen = [event.tokens for event in events(found) if isinstance(event, messages.Staged)]
+    reports = [message for message in found if isinstance(message, messages.Report)]
+    lost = [report.lost for report in reports if report.lost]
+    # All in one, before anything that came later.
+    assert len(lost) == 1
+    assert lost[0] >= 2 + 7
+    assert seen == [*range(1, told - 3 - lost[0] + 1), told - 2, told - 1, told]
+    # The picture begins anew after it, once.
+    pages = [message for message in found if isinstance(message, messages.Programs)]
+    assert len([page for page in pages if page.first]) == 1
+
+
+def test_a_server_that_asks_anew_misses_nothing_of_what_was_to_be_told(
+    rig: Rig, server: Server
+) -> None:
+    server.bind()
+    rig.engine.run(turn("r1", prompt(30), session="agent", hints={"pin": False}))
+    rig.follow()
+    rig.engine.half.report(rig.engine.now_s + 9.0)
+    server.all()
+    (handle,) = rig.link._programs
+    rig.link.staged(handle, 16)
+    server.send(messages.Resync())
+    assert rig.link._socket.poll(10_000)
+    rig.engine.now_s += 1.0
+    rig.engine.wake()
+    found = server.all()
+    assert [e.tokens for e in events(found) if isinstance(e, messages.Staged)] == [16]
+    assert not any(m.lost for m in found if isinstance(m, messages.Report))
+
+
+def test_what_happens_before_the_first_server_is_no_loss(rig: Rig, server: Server) -> None:
+    rig.engine.run(turn("r1", prompt(30), session="agent"))
+    server.bind()
+    rig.follow()
+    rig.engine.half.report(rig.engine.now_s + 9.0)
+    assert not any(m.lost for m in server.all() if isinstance(m, messages.Report))
+
+
 def test_a_server_that_has_gone_is_found_again(rig: Rig, server: Server) -> None:
     server.bind()
     rig.follow()

@@ -269,6 +269,23 @@ def test_what_an_engine_could_not_report_is_told_as_lost(host: Host, engine: Fak
         assert next(stream).lost == 12
 
 
+def test_what_comes_from_an_engine_that_must_say_hello_first_is_told_as_lost(
+    host: Host, engine: FakeEngine
+) -> None:
+    """It has connected anew and does not know it, or the server has begun anew."""
+    again = host.engine()
+    with watching(host) as stream:
+        happened = link.TurnStarted(at_s=1.0, program=program(), turn=1, prompt_tokens=9)
+        again.send(
+            link.Report(
+                engine_id="engine-0", sent_s=1.0, events=[happened] * 3, gauges=GAUGES, lost=4
+            )
+        )
+        again.next(link.Resync)
+        assert next(stream).lost == 7
+    assert host.sample("kvtier_control_lost_events_total", where="engine") == 7
+
+
 def test_a_stuck_watcher_is_told_what_it_lost_and_holds_up_nobody(
     host: Host, engine: FakeEngine
 ) -> None:
