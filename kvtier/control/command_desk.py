@@ -3,6 +3,9 @@
 A command stays in the engine's socket until the engine runs a hook. Who asked waits for a short while
 only: an engine that is idle and cannot be woken answers when its next request comes, so the caller is
 told `deferred`. Each engine has a bounded number of commands without an answer.
+
+An engine answers in the order of its commands: what was asked before a command that it answers has lost its
+answer. Answers are lost where the engine could not send; it says hello then.
 """
 
 from __future__ import annotations
@@ -72,6 +75,7 @@ class CommandDesk:
         self._deferred = deferred
         self._ids = itertools.count(1)
         self._pending: dict[str, dict[int, Pending]] = {}
+        self._before_hello: dict[str, int] = {}
         self._wake_timers: dict[str, asyncio.TimerHandle] = {}
 
     def unanswered(self, engine_id: str) -> int:
@@ -125,7 +129,7 @@ class CommandDesk:
             EngineBusyError: Too many commands wait for it; this one was not sent.
         """
         pending = self._pending.setdefault(engine_id, {})
-        if len(pending) >= MAX_UNANSWERED:
+        if len(pending) >= MAX_UNANSWERED and self._is_full(engine_id):
             raise EngineBusyError(f"{len(pending)} commands wait for engine {engine_id}")
         command = msgspec.structs.replace(command, id=next(self._ids))
         match self._send(engine_id, link.encoder.encode(command)):
@@ -146,25 +150,42 @@ class CommandDesk:
         entry = pending.pop(answer.id, None)
         if entry is None:
             return None
+        self._answer_lost(answer.engine_id, answer.id)
         if not pending:
             self._stop_waking(answer.engine_id)
         if entry.future is not None and not entry.future.done():
             entry.future.set_result(answer)
         return entry
 
+    def said_hello_again(self, engine_id: str) -> None:
+        """An engine has said hello on the same socket: it answers what waits there, and nothing else.
+
+        What was sent before leaves room for new commands, and is given up with the next hello at the latest.
+        """
+        self._answer_lost(engine_id, self._before_hello.get(engine_id, 0) + 1)
+        self._before_hello[engine_id] = max(self._pending.get(engine_id, ()), default=0)
+
     def engine_lost(self, engine_id: str, reason: str, detail: str) -> None:
         """An engine is gone, or its socket with all that waited there: nothing will be answered."""
         self._stop_waking(engine_id)
+        self._before_hello.pop(engine_id, None)
         for entry in self._pending.pop(engine_id, {}).values():
-            if entry.future is not None and not entry.future.done():
-                entry.future.set_result(
-                    _answer(engine_id, entry.command, "rejected", reason, detail)
-                )
+            _reject(entry, reason, detail)
 
     def close(self) -> None:
         """Let nobody wait any more."""
         for engine_id in list(self._pending):
             self.engine_lost(engine_id, "server_stops", "the control server stops")
+
+    def _is_full(self, engine_id: str) -> bool:
+        before = self._before_hello.get(engine_id, 0)
+        return sum(number > before for number in self._pending[engine_id]) >= MAX_UNANSWERED
+
+    def _answer_lost(self, engine_id: str, until: int) -> None:
+        """The answers to the commands before number `until` will not come any more."""
+        pending = self._pending.get(engine_id, {})
+        for number in [number for number in pending if number < until]:
+            _reject(pending.pop(number), "reconnected", "its link broke before it answered")
 
     # -- waking --------------------------------------------------------------------------------------
 
@@ -192,6 +213,11 @@ class CommandDesk:
     def _stop_waking(self, engine_id: str) -> None:
         if (timer := self._wake_timers.pop(engine_id, None)) is not None:
             timer.cancel()
+
+
+def _reject(entry: Pending, reason: str, detail: str) -> None:
+    if entry.future is not None and not entry.future.done():
+        entry.future.set_result(_answer(entry.engine_id, entry.command, "rejected", reason, detail))
 
 
 def _answer(

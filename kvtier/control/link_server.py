@@ -192,6 +192,8 @@ class LinkServer:
             self._follower.engine_went(before, "restarted")
         if self._identities.get(hello.engine_id) != identity:
             self._bind(identity, hello.engine_id)
+        else:
+            self.desk.said_hello_again(hello.engine_id)
         engine = self._registry.engine(hello.engine_id)
         assert engine is not None
         if is_new:

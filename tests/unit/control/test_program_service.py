@@ -273,6 +273,60 @@ def test_an_engine_with_too_many_commands_to_answer_takes_no_more(
     assert refused.reason == "ENGINE_BUSY"
 
 
+def test_an_engine_whose_answers_were_lost_takes_commands_again_when_it_says_hello(
+    host: Host, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_desk, "MAX_UNANSWERED", 3)
+    engine.knows(program())
+    client, desk = host.client, host.server.link_server.desk
+    for _ in range(3):
+        for _ in range(2):
+            client.programs.StageProgram(COMMANDS["StageProgram"][0])
+            engine.next(link.StageCommand)
+        # Those of before the last hello, and those since: each at most so many.
+        assert host.call(lambda: desk.unanswered("engine-0")) <= 6
+        # The list of overrides, which goes with each answer to a hello, would be one too many.
+        engine.send(engine.hello)
+        overrides = engine.next(link.OverridesCommand)
+    result = in_background(lambda: client.programs.StageProgram(COMMANDS["StageProgram"][0]))
+    command = engine.next(link.StageCommand)
+    engine.answer(overrides)
+    engine.answer(command)
+    (found,) = result().results
+    assert found.outcome == outcome_pb2.OUTCOME_ACCEPTED
+    assert host.call(lambda: desk.unanswered("engine-0")) == 0
+
+
+def test_a_command_that_waits_while_the_engine_says_hello_again_has_its_answer(
+    host: Host, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An idle engine says so when it is woken, before it reads."""
+    monkeypatch.setattr(command_desk, "PATIENCE_S", 3600.0)
+    engine.knows(program())
+    result = in_background(lambda: host.client.programs.EndProgram(COMMANDS["EndProgram"][0]))
+    command = engine.next(link.EndCommand)
+    engine.send(engine.hello)
+    overrides = engine.next(link.OverridesCommand)
+    engine.answer(command)
+    engine.answer(overrides)
+    assert result().results[0].outcome == outcome_pb2.OUTCOME_ACCEPTED
+
+
+def test_a_later_answer_tells_that_an_earlier_one_is_lost(
+    host: Host, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_desk, "PATIENCE_S", 3600.0)
+    engine.knows(program())
+    client = host.client
+    lost = in_background(lambda: client.programs.StageProgram(COMMANDS["StageProgram"][0]))
+    engine.next(link.StageCommand)
+    result = in_background(lambda: client.programs.EndProgram(COMMANDS["EndProgram"][0]))
+    engine.answer(engine.next(link.EndCommand))
+    assert result().results[0].outcome == outcome_pb2.OUTCOME_ACCEPTED
+    (found,) = lost().results
+    assert (found.outcome, found.reason) == (outcome_pb2.OUTCOME_REJECTED, "reconnected")
+
+
 # -- announcements -----------------------------------------------------------------------------------
 
 
