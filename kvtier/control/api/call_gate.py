@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 MAX_CALLS: Final = 256
 """Calls with one answer, at a time."""
 MAX_STREAMS: Final = 96
-"""Streams at a time: watchers of events (which have a limit of their own) and of health, reflection."""
+"""Streams at a time: watchers of events (which have a limit of their own), reflection."""
+MAX_HEALTH_STREAMS: Final = 64
+"""Watchers of health at a time: whoever reaches the port can be one, and must not keep others out."""
 _OPEN_TO_ALL: Final = "/grpc.health.v1.Health/"
 """Probes have no tokens; what they learn is whether kvtier serves."""
 
@@ -45,6 +47,7 @@ class CallGate(aio.ServerInterceptor):
         metrics: Count calls.
         max_calls: See `MAX_CALLS`.
         max_streams: See `MAX_STREAMS`.
+        max_health_streams: See `MAX_HEALTH_STREAMS`.
     """
 
     def __init__(
@@ -54,11 +57,16 @@ class CallGate(aio.ServerInterceptor):
         *,
         max_calls: int = MAX_CALLS,
         max_streams: int = MAX_STREAMS,
+        max_health_streams: int = MAX_HEALTH_STREAMS,
     ) -> None:
         self._tokens = tokens
         self._metrics = metrics
-        self._limits = {"calls": max_calls, "streams": max_streams}
-        self._running = {"calls": 0, "streams": 0}
+        self._limits = {
+            "calls": max_calls,
+            "streams": max_streams,
+            "watchers of health": max_health_streams,
+        }
+        self._running = dict.fromkeys(self._limits, 0)
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(
@@ -114,9 +122,11 @@ class CallGate(aio.ServerInterceptor):
     def _many_answers(
         self, method: str, serve: Callable[..., Any], deserialize: Callable[[bytes], Any] | None
     ) -> Any:
+        kind = "watchers of health" if method.startswith(_OPEN_TO_ALL) else "streams"
+
         async def gated(raw: Any, context: _Context) -> AsyncIterator[Any]:
             async with self._told(method, context):
-                with self._admitted("streams"):
+                with self._admitted(kind):
                     self._authenticate(method, context)
                     async with contextlib.aclosing(
                         serve(_decoded(raw, deserialize), context)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -252,6 +253,27 @@ def test_calls_at_a_time_are_limited_and_others_are_told_to_come_later(
     client.observability.GetStatus(STATUS)
 
 
+def test_watchers_of_health_keep_nobody_else_out(host: Host, engine: FakeEngine) -> None:
+    stub: Any = health_pb2_grpc.HealthStub(host.channel())
+    watch = health_pb2.HealthCheckRequest(service="")
+    streams = [stub.Watch(watch) for _ in range(call_gate.MAX_HEALTH_STREAMS)]
+    assert {next(stream).status for stream in streams} == {1}
+    refused = Refused(lambda: next(stub.Watch(watch)))
+    assert (refused.code, refused.reason) == (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "TOO_MANY_CALLS",
+    )
+    # All the room that the others have is left.
+    host.call(lambda: host.server._grpc.gate._limits.update(streams=1))
+    events = host.client.observability.WatchEvents(observability_pb2.WatchEventsRequest())
+    events.initial_metadata()
+    engine.send(link.EngineBye(engine_id="engine-0"))
+    assert next(events).event.kind == "engine"
+    assert stub.Check(watch).status == 1
+    for stream in (*streams, events):
+        stream.cancel()
+
+
 def test_a_bug_is_an_internal_error_that_tells_its_story_to_the_log_alone(
     host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -282,4 +304,5 @@ def test_a_call_that_is_given_up_leaves_nothing_running(
 
 
 def test_the_gates_limits_are_below_the_servers() -> None:
-    assert call_gate.MAX_CALLS + call_gate.MAX_STREAMS < MAX_RPCS
+    streams = call_gate.MAX_STREAMS + call_gate.MAX_HEALTH_STREAMS
+    assert call_gate.MAX_CALLS + streams < MAX_RPCS
