@@ -58,8 +58,8 @@ docs: setup ## renew the reference pages and build the documentation into site/
 	$(BIN)/python scripts/reference_pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-protos: setup ## check proto/ and generate kvtier/v1 from it
-	scripts/protos.sh
+protos: setup ## check proto/ and generate kvtier/v1 from it; with RENEW=1 it is what clients rely on
+	scripts/protos.sh $(if $(RENEW),--renew)
 
 lock: setup ## resolve the environment anew (requirements/cpu.txt)
 	scripts/lock.sh
