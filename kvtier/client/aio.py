@@ -193,8 +193,8 @@ class AsyncKVTierClient(BaseClient):
         timeout_s = min(self._timeout_s, ANNOUNCE_TIMEOUT_S)
         try:
             await self._call(make(), timeout_s, retry=False)
-        # A ValueError: a token file that has gone, an expected time that is no number.
-        except (ControlError, ValueError) as error:
+        # A token file that has gone; an expected time that is not finite, a text, or too large.
+        except (ControlError, ValueError, TypeError, OverflowError) as error:
             self._announced(what, name, error)
         else:
             self._announced(what, name, None)

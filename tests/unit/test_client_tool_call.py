@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -99,6 +99,38 @@ def test_neither_an_odd_number_nor_a_lost_token_stops_the_agent(
             pass
     assert "none: No such file" in caplog.text
     assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"expected_s": "5"},
+        {"expected_s": 1, "expected_p90_s": [9]},
+        {"expected_s": 10**400},
+        {"tool": 7},
+        {"tenant": "\ud800"},
+    ],
+    ids=["text", "list", "huge", "tool", "surrogate"],
+)
+def test_values_of_wrong_types_do_not_stop_the_agent(
+    call: dict[str, Any],
+    client: KVTierClient,
+    server: ScriptedControl,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    call = {"name": "p", "tool": "bash", **call}
+    done = []
+    with client.tool_call(**call):
+        done.append("sync")
+
+    async def run() -> None:
+        async with AsyncKVTierClient(server.target) as other, other.tool_call(**call):
+            done.append("async")
+
+    asyncio.run(run())
+    assert done == ["sync", "async"]
+    assert "AnnounceToolCall" not in methods(server)
+    assert caplog.text.count("the agent goes on") >= 2
 
 
 def test_a_silent_server_holds_the_agent_up_for_a_second_at_most(
