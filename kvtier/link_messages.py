@@ -77,7 +77,7 @@ class TurnEnded(_Event, frozen=True, kw_only=True):
 
 
 class OptionCost(msgspec.Struct, array_like=True, frozen=True):
-    """Expected seconds that an option costs, and what they are made of."""
+    """Expected seconds that an option costs. `parts_s`, what they are made of, is empty so far."""
 
     option: str
     cost_s: float

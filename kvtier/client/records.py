@@ -324,7 +324,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class OptionCost:
-    """Expected seconds that an option costs, and what they are made of."""
+    """Expected seconds that an option costs. `parts_s`, what they are made of, is empty so far."""
 
     option: str
     cost_s: float

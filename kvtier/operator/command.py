@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Final, NoReturn, 
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
-from kvtier.operator.durations import DURATION, format_duration
+from kvtier.operator.durations import DURATION, format_duration, parse_duration
 from kvtier.operator.output import make_console, plain, print_json
 
 if TYPE_CHECKING:
@@ -125,6 +126,19 @@ TOP_LEVEL: Final = make_group()
 """Commands that belong to no group."""
 
 
+class _DurationCommand(TyperCommand):
+    """A command with a duration among its arguments: `-1m` is one below 0, not an unknown option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        valued = {name for p in self.params if not getattr(p, "is_flag", True) for name in p.opts}
+        for before, text in zip(["", *args], args, strict=False):
+            if text == "--":
+                break
+            if re.match(r"-\d", text) and before not in valued:
+                parse_duration(text)
+        return super().parse_args(ctx, args)
+
+
 def control_command(
     app: typer.Typer, name: str, *, examples: Sequence[str]
 ) -> Callable[[Callable[Concatenate[Session, P], None]], Callable[Concatenate[Session, P], None]]:
@@ -153,7 +167,10 @@ def control_command(
         shown = "\n".join(f"  {example}" for example in examples)
         heading = "Example:" if len(examples) == 1 else "Examples:"
         # "\b" keeps the lines that follow as they are.
-        app.command(name, epilog=f"\b\n{heading}\n{shown}\n\n{EXIT_CODES}")(run)
+        notes = (note for p in own for note in getattr(p.annotation, "__metadata__", ()))
+        is_timed = any(getattr(note, "parser", None) is parse_duration for note in notes)
+        cls = _DurationCommand if is_timed else None
+        app.command(name, cls=cls, epilog=f"\b\n{heading}\n{shown}\n\n{EXIT_CODES}")(run)
         return function
 
     return register

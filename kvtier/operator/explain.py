@@ -1,7 +1,7 @@
 """`kvtier explain`: why a program's KV is where it is."""
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -14,7 +14,8 @@ from kvtier.operator.reasons import chosen_option, headline, in_words
 if TYPE_CHECKING:
     from kvtier.client import Decision
 
-_MAX_DECISIONS = 64
+MAX_DECISIONS: Final = 16
+"""The control server keeps no more of a program."""
 
 
 @control_command(
@@ -26,7 +27,7 @@ def explain(
     *,
     tenant: Tenant = "",
     limit: Annotated[
-        int, typer.Option(help="The last so many decisions.", min=1, max=_MAX_DECISIONS)
+        int, typer.Option(help="The last so many decisions.", min=1, max=MAX_DECISIONS)
     ] = 3,
 ) -> None:
     """Explain the last decisions on PROGRAM: what every option would have cost, and why this one."""
@@ -64,11 +65,10 @@ def _print_decision(session: Session, decision: "Decision") -> None:
                 "  ->" if cost.option == chosen else "",
                 cost.option,
                 about(cost.cost_s) if cost.cost_s >= 0 else f"-{about(-cost.cost_s)}",
-                ", ".join(f"{part} {about(s)}" for part, s in cost.parts_s.items()),
             )
             for cost in sorted(decision.costs, key=lambda cost: cost.cost_s)
         ]
-        console.print(make_table(("", "option", "expected cost>", "made of"), rows))
+        console.print(make_table(("", "option", "expected cost>"), rows))
     inputs = ", ".join(f"{key}={value}" for key, value in decision.inputs.items())
     console.print(plain(f"  went by: {inputs}" if inputs else "  went by: nothing"), soft_wrap=True)
     console.print()

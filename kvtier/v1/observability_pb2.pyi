@@ -289,7 +289,7 @@ class ExplainDecisionRequest(_message.Message):
     name: _builtins.str
     tenant: _builtins.str
     limit: _builtins.int
-    """1 to 64; 0 stands for 8."""
+    """1 to 64, of which there are at most those that are kept; 0 stands for 8."""
     def __init__(
         self,
         *,
@@ -378,7 +378,7 @@ class Decision(_message.Message):
 
     @_builtins.property
     def costs(self) -> _containers.RepeatedCompositeFieldContainer[Global___OptionCost]:
-        """Expected seconds that each option costs, and what they are made of."""
+        """Expected seconds that each option costs."""
 
     @_builtins.property
     def inputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -435,7 +435,9 @@ class OptionCost(_message.Message):
     option: _builtins.str
     cost_s: _builtins.float
     @_builtins.property
-    def parts_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    def parts_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What the cost is made of. Reserved: empty, as no engine says it yet."""
+
     def __init__(
         self,
         *,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from kvtier.control.decision_history import PER_PROGRAM
 from kvtier.v1 import observability_pb2, policy_pb2, program_pb2, ttl_pb2
 from tests.unit.operator import sample_answers
 
@@ -450,9 +451,9 @@ def test_explain_shows_every_options_cost_and_the_reason_in_words(
     assert lines[0].endswith("ago, engine e0, request chatcmpl-1")
     assert lines[1:7] == [
         "Until this TTL, the chance of a return is worth more than the memory. (return_expected)",
-        "option expected cost made of",
+        "option expected cost",
         "-> pin_and_stage 125ms",
-        "pin 250ms held 200ms, miss 50ms",
+        "pin 250ms",
         "drop 2.5s",
         "went by: context_tokens=20480, tool=bash",
     ]
@@ -463,6 +464,30 @@ def test_explain_shows_every_options_cost_and_the_reason_in_words(
     assert shown["decisions"][0]["costs"][1]["parts_s"] == {"held": 0.2, "miss": 0.05}
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "programs pin my-agent -1",
+        "programs pin -10m my-agent",
+        "programs pin my-agent -- -1",
+        "ttl set --all -1.5h",
+        "ttl set 60 --all --expires -1",
+        "status --timeout -1",
+    ],
+)
+def test_a_negative_duration_is_refused_as_a_duration(
+    line: str, kvtier: Run, server: ScriptedControl
+) -> None:
+    result = kvtier(*line.split())
+    assert result.exit_code == 2
+    assert "accepted is a number of seconds, or with units" in " ".join(result.output.split())
+    assert server.asked == []
+
+
+def test_a_negative_number_is_no_option_where_no_duration_is(kvtier: Run) -> None:
+    assert "No such option: -1" in kvtier("programs", "get", "-1").output
+
+
 def test_where_nothing_was_decided_explain_says_so(kvtier: Run) -> None:
     result = kvtier("explain", "my-agent")
     assert result.exit_code == 0
@@ -470,9 +495,10 @@ def test_where_nothing_was_decided_explain_says_so(kvtier: Run) -> None:
     assert json.loads(kvtier("explain", "my-agent", "--json").output) == {"decisions": []}
 
 
-@pytest.mark.parametrize("limit", ["0", "65", "x"])
-def test_explain_shows_1_to_64_decisions(limit: str, kvtier: Run) -> None:
+@pytest.mark.parametrize("limit", ["0", str(PER_PROGRAM + 1), "x"])
+def test_explain_shows_from_one_decision_to_all_that_are_kept(limit: str, kvtier: Run) -> None:
     assert kvtier("explain", "my-agent", "--limit", limit).exit_code == 2
+    assert kvtier("explain", "my-agent", "--limit", str(PER_PROGRAM)).exit_code == 0
 
 
 # -- watch -----------------------------------------------------------------------------------------
