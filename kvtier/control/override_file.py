@@ -24,7 +24,7 @@ from kvtier.identity.request_params import MAX_TTL_S
 from kvtier.link_messages import ProgramKey, TtlOverride
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,8 @@ class OverrideFile:
         }
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._copy_what_was_ignored()
-            _replace(self.path, json.dumps(content, indent=1).encode() + b"\n")
+            text = json.dumps(content, indent=1).encode() + b"\n"
+            _replace(self.path, text, self._keep_what_was_ignored)
         except OSError as error:
             logger.warning("TTL overrides are not saved: %s: %s", self.path, error.strerror)
             return False
@@ -138,25 +138,32 @@ class OverrideFile:
             why,
         )
 
-    def _copy_what_was_ignored(self) -> None:
+    def _keep_what_was_ignored(self) -> None:
         if not self._keep_copy:
             return
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         kept = self.path.with_name(f"{self.path.name}.ignored-{stamp}")
         if os.path.lexists(self.path):
-            self.path.rename(kept)
+            try:
+                os.link(self.path, kept)
+            except OSError:  # not every file system has links, nor may everybody link to every file
+                self.path.rename(kept)
             logger.warning("kept what was ignored of %s as %s", self.path, kept)
         self._keep_copy = False
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file such that a crash leaves the old one or the new one."""
+def _replace(path: Path, content: bytes, before: Callable[[], None]) -> None:
+    """Write a file such that a crash or a full disk leaves the old one or the new one.
+
+    `before` is called when the new one is on the disk and the old one still in its place.
+    """
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(descriptor)
+        before()
         Path(temporary).replace(path)
     except OSError:
         with contextlib.suppress(OSError):

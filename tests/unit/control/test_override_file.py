@@ -175,6 +175,59 @@ def test_a_full_disk_leaves_the_old_file_and_no_litter(
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("content", [NEWER, '{"version": 1, "overri'], ids=["newer", "truncated"])
+def test_a_full_disk_leaves_a_file_that_was_ignored_in_its_place(
+    path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(path, content)
+    file = OverrideFile(path)
+    file.read()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        assert file.write(ALL) is False
+    assert path.read_bytes() == content.encode()
+    assert list(path.parent.iterdir()) == [path]
+    assert file.write(ALL)
+    assert kept(path) == [content.encode()]
+    assert OverrideFile(path).read() == ALL
+
+
+def test_there_is_always_a_file_while_one_that_was_ignored_is_replaced(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(path, NEWER)
+    file = OverrideFile(path)
+    file.read()
+    monkeypatch.setattr(type(path), "replace", _stop)
+    with pytest.raises(RuntimeError):
+        file.write(ALL)
+    assert path.read_text() == NEWER
+    assert kept(path) == [NEWER.encode()]
+
+
+def _stop(*_: object) -> None:
+    raise RuntimeError
+
+
+def test_without_links_a_file_that_was_ignored_is_kept_too(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    put(path, NEWER)
+    file = OverrideFile(path)
+    file.read()
+    monkeypatch.setattr(os, "link", refuse)
+    assert file.write(ALL)
+    assert kept(path) == [NEWER.encode()]
+    assert OverrideFile(path).read() == ALL
+
+
 def test_a_link_to_the_file_stays_a_link(path: Path, tmp_path: Path) -> None:
     OverrideFile(path).write([])
     link = tmp_path / "link"
