@@ -18,6 +18,7 @@ from kvtier.client import NotFound, TtlScope
 from tests.engine.engine_harness import BLOCK_TOKENS
 from tests.engine.served import N_BLOCKS, Served, serving
 from tests.unit.control.otlp_collector import Collector
+from tests.unit.control.strangers import UNARY_METHODS, call_every_unary_method, expected_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -177,7 +178,7 @@ def test_the_end_of_a_program_is_the_end_of_its_kv(served: Served) -> None:
 
 
 def test_strangers_tools_work(served: Served) -> None:
-    """Reflection and health, with clients that know nothing of kvtier."""
+    """Reflection, health and every method, with clients that know nothing of kvtier."""
     with grpc.insecure_channel(served.socket) as channel:
         names = set(ProtoReflectionDescriptorDatabase(channel).get_services())
         services = {f"kvtier.v1.{n}Service" for n in ("Program", "Ttl", "Policy", "Observability")}
@@ -186,3 +187,6 @@ def test_strangers_tools_work(served: Served) -> None:
         for service in ("", *services):
             answer = health.Check(health_pb2.HealthCheckRequest(service=service))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        found = call_every_unary_method(channel)
+    assert len(found) == UNARY_METHODS
+    assert found == {method: expected_of(method) for method in found}

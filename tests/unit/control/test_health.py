@@ -18,6 +18,7 @@ from kvtier import link_messages as link
 from kvtier.control.api.grpc_server import SERVICES
 from kvtier.v1 import observability_pb2
 from tests.unit.control.control_host import GAUGES, Host, Refused, in_background
+from tests.unit.control.strangers import UNARY_METHODS, call_every_unary_method, expected_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,6 +106,12 @@ def test_reflection_shows_every_service_and_what_its_methods_take(host: Host) ->
     }
     assert len(found) == 18
     assert found["kvtier.v1.ProgramService.PinProgram"] == "kvtier.v1.PinProgramRequest"
+
+
+def test_a_stranger_may_call_every_method_that_it_finds(host: Host, engine: FakeEngine) -> None:
+    found = call_every_unary_method(host.channel())
+    assert len(found) == UNARY_METHODS
+    assert found == {method: expected_of(method) for method in found}
 
 
 def test_metrics_are_served_on_their_own_address(tmp_path: Path) -> None:
