@@ -62,7 +62,8 @@ class ObservabilityServiceServicer(object):
     """
 
     def GetStatus(self, request, context):
-        """Returns the state of the engines of this host.
+        """Returns the state of the engines of this host. To a caller that is bound to a tenant, what all tenants'
+        programs do is 0: `gpu.pinned_bytes`, `gpu.programs`, `cpu.staging_programs` and `cpu.loading_requests`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,9 @@ class ObservabilityServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ObservabilityServiceAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_observability_pb2.GetStatusRequest, _observability_pb2.GetStatusResponse]
-    """Returns the state of the engines of this host."""
+    """Returns the state of the engines of this host. To a caller that is bound to a tenant, what all tenants'
+    programs do is 0: `gpu.pinned_bytes`, `gpu.programs`, `cpu.staging_programs` and `cpu.loading_requests`.
+    """
     ExplainDecision: _grpc.UnaryUnaryMultiCallable[_observability_pb2.ExplainDecisionRequest, _observability_pb2.ExplainDecisionResponse]
     """Returns the last decisions on a program, newest first, with the cost of every option; up to 16 are kept,
     those of a program that is gone until others need the room.
@@ -52,7 +54,9 @@ class ObservabilityServiceAsyncStub(ObservabilityServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_observability_pb2.GetStatusRequest, _observability_pb2.GetStatusResponse]  # type: ignore[assignment]
-    """Returns the state of the engines of this host."""
+    """Returns the state of the engines of this host. To a caller that is bound to a tenant, what all tenants'
+    programs do is 0: `gpu.pinned_bytes`, `gpu.programs`, `cpu.staging_programs` and `cpu.loading_requests`.
+    """
     ExplainDecision: _aio.UnaryUnaryMultiCallable[_observability_pb2.ExplainDecisionRequest, _observability_pb2.ExplainDecisionResponse]  # type: ignore[assignment]
     """Returns the last decisions on a program, newest first, with the cost of every option; up to 16 are kept,
     those of a program that is gone until others need the room.
@@ -73,7 +77,9 @@ class ObservabilityServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _observability_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_observability_pb2.GetStatusResponse, _abc.Awaitable[_observability_pb2.GetStatusResponse]]:
-        """Returns the state of the engines of this host."""
+        """Returns the state of the engines of this host. To a caller that is bound to a tenant, what all tenants'
+        programs do is 0: `gpu.pinned_bytes`, `gpu.programs`, `cpu.staging_programs` and `cpu.loading_requests`.
+        """
 
     @_abc_1.abstractmethod
     def ExplainDecision(

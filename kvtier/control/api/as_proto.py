@@ -136,8 +136,10 @@ def text(value: str | float | bool | None) -> str:
             return str(value)
 
 
-def engine_status(engine: EngineRecord, *, wakeable: bool) -> observability_pb2.EngineStatus:
-    """An engine with the figures that it reported last."""
+def engine_status(
+    engine: EngineRecord, *, wakeable: bool, with_programs: bool
+) -> observability_pb2.EngineStatus:
+    """An engine with the figures that it reported last; those of all tenants' programs where asked for."""
     hello, gauges = engine.hello, engine.gauges
     block_bytes = hello.block_bytes
     message = observability_pb2.EngineStatus(
@@ -154,15 +156,11 @@ def engine_status(engine: EngineRecord, *, wakeable: bool) -> observability_pb2.
         return message
     message.reported_at.CopyFrom(timestamp(engine.gauges_s))
     message.gpu.free_bytes = count(gauges.free_blocks * block_bytes)
-    message.gpu.pinned_bytes = count(gauges.pinned_blocks * block_bytes)
     message.gpu.budget_bytes = count(gauges.budget_blocks * block_bytes)
-    message.gpu.programs = count(gauges.programs)
     message.cpu.state = gauges.tier_state
     message.cpu.total_bytes = count(gauges.tier_bytes)
     if gauges.tier_used_bytes is not None:
         message.cpu.used_bytes = count(gauges.tier_used_bytes)
-    message.cpu.staging_programs = count(gauges.staging_programs)
-    message.cpu.loading_requests = count(gauges.loading_requests)
     message.link.to_cpu_bytes_per_s = gauges.to_cpu_bytes_per_s
     message.link.to_gpu_bytes_per_s = gauges.to_gpu_bytes_per_s
     if gauges.calibrated_s is not None:
@@ -171,6 +169,11 @@ def engine_status(engine: EngineRecord, *, wakeable: bool) -> observability_pb2.
     message.queue.waiting_requests = count(gauges.waiting_requests)
     message.queue.waiting_tokens = count(gauges.waiting_tokens)
     message.queue.delay.CopyFrom(duration(gauges.queue_delay_s))
+    if with_programs:
+        message.gpu.pinned_bytes = count(gauges.pinned_blocks * block_bytes)
+        message.gpu.programs = count(gauges.programs)
+        message.cpu.staging_programs = count(gauges.staging_programs)
+        message.cpu.loading_requests = count(gauges.loading_requests)
     return message
 
 

@@ -37,7 +37,11 @@ class ObservabilityService(observability_pb2_grpc.ObservabilityServiceServicer):
         return observability_pb2.GetStatusResponse(
             version=__version__,
             engines=[
-                as_proto.engine_status(engine, wakeable=can_wake(engine.engine_id))
+                as_proto.engine_status(
+                    engine,
+                    wakeable=can_wake(engine.engine_id),
+                    with_programs=current_caller().tenant is None,
+                )
                 for engine in self._state.registry.engines()
             ],
             started_at=as_proto.timestamp(self._state.started_s),

@@ -7,6 +7,7 @@ import ipaddress
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -18,7 +19,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvtier import link_messages as link
 from kvtier.control.control_settings import check_files
 from kvtier.v1 import observability_pb2, outcome_pb2, policy_pb2, program_pb2, ttl_pb2
-from tests.unit.control.control_host import Client, Host, Refused, in_background, program
+from tests.unit.control.control_host import (
+    BLOCK_BYTES,
+    GAUGES,
+    Client,
+    Host,
+    Refused,
+    in_background,
+    program,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -171,6 +180,20 @@ def test_a_tenant_sees_its_own_programs_and_no_others(tenants: Host) -> None:
             program_pb2.ListProgramsRequest(tenant=tenant), **token
         )
         assert (list(found.programs), found.total_size) == ([], 0)
+
+
+def test_a_tenant_sees_nothing_of_others_programs_in_the_status(tenants: Host) -> None:
+    busy = msgspec.structs.replace(GAUGES, programs=3, staging_programs=2, loading_requests=1)
+    tenants.engine().join(busy)
+
+    def seen(token: str) -> list[int]:
+        (engine,) = over_tcp(tenants).observability.GetStatus(STATUS, **with_token(token)).engines
+        assert engine.gpu.free_bytes == 60 * BLOCK_BYTES
+        gpu, cpu = engine.gpu, engine.cpu
+        return [gpu.programs, gpu.pinned_bytes, cpu.staging_programs, cpu.loading_requests]
+
+    assert seen(OPEN) == [3, 10 * BLOCK_BYTES, 2, 1]
+    assert seen(ACME) == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("tenant", ["other corp", "", "nobody"])
