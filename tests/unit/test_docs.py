@@ -7,14 +7,16 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from kvtier.config import Settings
+from kvtier.frontend.clients import Source
 from kvtier.gpu_pin import ReleaseCause
 from kvtier.identity.request_params import RequestHints
+from kvtier.middleware import NAMED
 from kvtier.policy import RETURN_REASONS
 from kvtier.stats import METRICS
 from kvtier.ttl.holding import HoldReason
@@ -96,6 +98,11 @@ def test_the_control_servers_own_metrics_are_documented(tmp_path: Path) -> None:
         for family in host.server.metrics.registry.collect():
             found.add(family.name + ("_total" if family.type == "counter" else ""))
     assert rows(section("The control server's own")) == found
+
+
+def test_the_middlewares_counter_and_its_sources_are_documented() -> None:
+    (family,) = NAMED.collect()
+    assert rows(section("The middleware's own")) == {f"{family.name}_total", *get_args(Source)}
 
 
 def test_settings_that_pages_name_exist() -> None:
