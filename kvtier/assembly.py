@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 LMCACHE_CHUNK_TOKENS = 256
 """LMCache's own chunk size; kvtier's slots do not depend on it, so that all engines agree on it."""
-SERVER_NAME = "kvtier"
 REQUIRE_TIMEOUT_S = 180.0
 MAX_PREFILL_SAMPLES = 256
 
@@ -260,11 +259,14 @@ def _server_endpoint(settings: Settings, facts: EngineFacts) -> tuple[str, Any]:
 
 def module_endpoint(run_dir: Path) -> str:
     """Address of kvtier's module in the host's server."""
+    from kvtier.server.files import SERVER_NAME  # noqa: PLC0415
+
     return f"ipc://{run_dir / SERVER_NAME}.kvtier.sock"
 
 
 def server_spec(settings: Settings, run_dir: Path) -> Any:
     """What the host's LMCache server is started with."""
+    from kvtier.server.files import SERVER_NAME  # noqa: PLC0415
     from kvtier.server.launch import ServerSpec, default_dram_bytes  # noqa: PLC0415
 
     dram_bytes = (

@@ -24,6 +24,7 @@ from kvtier.control.override_file import OverrideFile
 from kvtier.control.override_saver import OverrideSaver
 from kvtier.control.override_sync import OverrideSync
 from kvtier.control.registry import Registry
+from kvtier.control.tier_watch import TierWatch
 from kvtier.listen_address import ListenAddress
 from kvtier.v1.observability_pb2 import WatchEventsResponse
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TICK_S: Final = 1.0
+TIER_WAKE_INTERVAL_S: Final = 5.0
+"""Between two steps of an idle engine whose CPU tier is away."""
 MIN_TICK_S: Final = 0.02
 STOP_GRACE_S: Final = 3.0
 """Time for calls under way when the server stops."""
@@ -74,6 +77,7 @@ class ControlServer:
         self._started_s = clock()
         self._grace_s = start_grace_s
         self._alone_since_s = monotonic()
+        self._tier_wake_due_s = self._alone_since_s
         self._listening = Listening(None)
         self.metrics = ControlMetrics()
         self.registry = Registry()
@@ -91,8 +95,13 @@ class ControlServer:
         self.book = OverrideBook(self._clock, file.read())
         logger.info("%d TTL overrides from %s", len(self.book), file.path)
         self._saver = OverrideSaver(self.book, file, self.metrics.unsaved)
+        self._tier_watch = TierWatch(self._files.run_dir, self.registry, self.tier_changed)
         self.link_server = LinkServer(
-            self._files.link_socket_path, self.registry, self, clock=self._clock
+            self._files.link_socket_path,
+            self.registry,
+            self,
+            clock=self._clock,
+            look_at_tier=self._look_at_tier,
         )
         self._sync = OverrideSync(self.book, self.link_server.desk)
         state = ServerState(
@@ -231,11 +240,21 @@ class ControlServer:
 
     def _tick(self) -> None:
         """What time alone brings about."""
+        self._look_at_tier()
+        if self._monotonic() >= self._tier_wake_due_s:
+            self._tier_wake_due_s = self._monotonic() + TIER_WAKE_INTERVAL_S
+            self.link_server.wake_without_tier()
         if self.book.drop_expired():
             # The file still has them; they are dropped when it is read, too.
             logger.info("TTL overrides have expired")
         self._sync.send_what_is_new()
         self._grpc.programs.listings.forget_old()
+
+    def _look_at_tier(self) -> None:
+        try:
+            self._tier_watch.look()
+        except OSError as error:
+            logger.warning("whether the LMCache server runs is not known: %s", error)
 
     def _nobody_for_long(self) -> bool:
         return not len(self.registry) and self._monotonic() - self._alone_since_s >= self._grace_s

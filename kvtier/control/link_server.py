@@ -74,6 +74,7 @@ class LinkServer:
         registry: Kept by it.
         follower: Told of what happens.
         clock: Unix time.
+        look_at_tier: Looks whether the LMCache server runs, for the registry.
 
     Raises:
         OSError, zmq.ZMQError: The socket cannot be bound.
@@ -86,7 +87,9 @@ class LinkServer:
         follower: LinkFollower,
         *,
         clock: Callable[[], float] = time.time,
+        look_at_tier: Callable[[], None] = lambda: None,
     ) -> None:
+        self._look_at_tier = look_at_tier
         self._registry = registry
         self._follower = follower
         self._clock = clock
@@ -110,6 +113,13 @@ class LinkServer:
         """Whether a command reaches the engine at once while it is idle."""
         engine = self._registry.engine(engine_id)
         return engine is not None and bool(self.wakers.of(engine.hello))
+
+    def wake_without_tier(self) -> None:
+        """Wake idle engines whose CPU tier is away: it comes back, and is known to have, in their hooks."""
+        for engine in self._registry.engines():
+            gauges = engine.gauges
+            if gauges and gauges.tier_state in {"lost", "starting"} and engine.seems_idle:
+                self._wake(engine.engine_id, 0)
 
     def incompatible(self) -> list[link.EngineHello]:
         """Engines that speak another version of the link, and so cannot be steered."""
@@ -242,9 +252,13 @@ class LinkServer:
         if engine is None:
             return
         tier_before = engine.gauges.tier_state if engine.gauges is not None else None
+        if report.gauges.tier_state == "ready" != tier_before:
+            # The LMCache server may be back since somebody looked last.
+            self._look_at_tier()
         self._registry.report(report, self._clock())
         self._follower.reported(engine, report)
-        if report.gauges.tier_state != tier_before:
+        tier = engine.gauges.tier_state if engine.gauges is not None else None
+        if tier != tier_before:
             self._follower.tier_changed(engine)
 
     def _answer(self, answer: link.Answer) -> None:

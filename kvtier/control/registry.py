@@ -84,6 +84,8 @@ class Registry:
         self._max_engines = max_engines
         self._max_programs = max_programs
         self._engines: dict[str, EngineRecord] = {}
+        self.tier_server_runs = True
+        """Whether the host's LMCache server runs, as far as is known: without it no CPU tier works."""
         self.history = DecisionHistory() if history is None else history
 
     # -- what is known -------------------------------------------------------------------------------
@@ -160,9 +162,15 @@ class Registry:
             return
         engine.seen_s = now_s
         engine.gauges, engine.gauges_s = report.gauges, report.sent_s
+        if not self.tier_server_runs:
+            _lose_tier(engine)
         engine.lost_events += report.lost
         for event in report.events:
             self._apply(engine, event)
+
+    def tier_lost(self) -> list[EngineRecord]:
+        """The LMCache server has gone: no engine has a CPU tier until it reports one; returns who had."""
+        return [engine for engine in self.engines() if _lose_tier(engine)]
 
     def policy(self, engine_id: str, policy: link.PolicyState) -> None:
         """An engine's settings have changed."""
@@ -204,6 +212,14 @@ class Registry:
         engine.programs.move_to_end(program.key)
         if len(engine.programs) > self._max_programs:
             engine.programs.popitem(last=False)
+
+
+def _lose_tier(engine: EngineRecord) -> bool:
+    """Take an engine's CPU tier for lost; False if it had none that worked."""
+    if engine.gauges is None or engine.gauges.tier_state != "ready":
+        return False
+    engine.gauges = msgspec.structs.replace(engine.gauges, tier_state="lost")
+    return True
 
 
 def _release(event: link.PinEnded) -> link.Decided:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SERVER_NAME = "kvtier"
+"""Of the host's LMCache server, in kvtier's engines."""
 PHASES = ("starting", "ready", "stopping", "failed")
 
 

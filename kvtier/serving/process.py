@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from kvtier.server.files import SERVER_NAME
 from kvtier.serving.child_process import tied_to_parent
 from kvtier.serving.engine_env import engine_env
 from kvtier.supervisor import (
@@ -118,8 +119,6 @@ def _host_server(settings: Settings) -> Iterator[ServerLease | None]:
         yield lease
     finally:
         if lease is not None:
-            from kvtier.assembly import SERVER_NAME  # noqa: PLC0415 - numpy is slow to import
-
             lease.close()
             if started:
                 try:
