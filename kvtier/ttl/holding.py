@@ -31,6 +31,8 @@ class HoldReason(StrEnum):
     OVERRIDE_CAP = "override_cap"
     OVERRIDE_FLOOR = "override_floor"
     """An operator's or client's override set, shortened or lengthened the TTL."""
+    MAX_TTL = "max_ttl"
+    """No pin may last longer: it shortened an override's TTL, or is 0 and forbids pins."""
     TENANT_BUDGET = "tenant_budget"
     """The tenant's block-seconds shortened the TTL, possibly to 0."""
     PIN_BUDGET = "pin_budget"
@@ -164,7 +166,7 @@ def optimal_ttl(
         survival: time still to wait (a residual curve if some time has passed).
         benefit_s: B, seconds saved by a hit against a miss.
         price_s_per_s: p, price of all the blocks held, seconds per second.
-        max_ttl_s: finite upper limit; also the answer when the memory is free.
+        max_ttl_s: finite upper limit; also the answer when the memory is free. With 0 nothing is held.
         bound: an override; the limit still applies.
     """
     if bound is not None and bound.mode == "fixed":
@@ -180,7 +182,10 @@ def optimal_ttl(
         ttl_s, reason = bound.ttl_s, HoldReason.OVERRIDE_CAP
     elif bound is not None and bound.mode == "floor" and ttl_s < bound.ttl_s:
         ttl_s, reason = bound.ttl_s, HoldReason.OVERRIDE_FLOOR
-    return _describe(survival, min(ttl_s, max_ttl_s), reason, benefit_s, price_s_per_s)
+    forbidden = max_ttl_s <= 0.0 and reason in {HoldReason.MEMORY_FREE, HoldReason.MEMORY_SCARCE}
+    if ttl_s > max_ttl_s or forbidden:
+        ttl_s, reason = max_ttl_s, HoldReason.MAX_TTL
+    return _describe(survival, ttl_s, reason, benefit_s, price_s_per_s)
 
 
 def _describe(

@@ -170,6 +170,16 @@ class TestOptimalTtl:
         scarce = optimal_ttl(FAST_TOOL, 1.0, 1e6, 300.0)
         assert (scarce.ttl_s, scarce.reason) == (0.0, HoldReason.MEMORY_SCARCE)
 
+    def test_where_nothing_may_be_held_that_is_the_reason_unless_nothing_would_be(self) -> None:
+        for price in (0.0, 1e-6, 1e6):
+            never = optimal_ttl(FAST_TOOL, 1.0, price, 0.0)
+            assert (never.ttl_s, never.reason) == (0.0, HoldReason.MAX_TTL)
+            floor = optimal_ttl(FAST_TOOL, 1.0, price, 0.0, TtlBound("floor", 5.0))
+            assert (floor.ttl_s, floor.reason) == (0.0, HoldReason.MAX_TTL)
+        assert optimal_ttl(FAST_TOOL, 0.0, 0.0, 0.0).reason is HoldReason.MISS_IS_FREE
+        fixed = optimal_ttl(FAST_TOOL, 1.0, 0.0, 0.0, TtlBound("fixed", 0.0))
+        assert fixed.reason is HoldReason.OVERRIDE_FIXED
+
     def test_never_returning_is_never_held_for(self) -> None:
         never = kaplan_meier([math.inf], [True])
         assert optimal_ttl(never, 100.0, 1e-6, 300.0).ttl_s == 0.0
@@ -183,7 +193,11 @@ class TestOptimalTtl:
         cap = optimal_ttl(*args, TtlBound("cap", 0.2))
         assert (cap.ttl_s, cap.reason) == (0.2, HoldReason.OVERRIDE_CAP)
         floor = optimal_ttl(*args, TtlBound("floor", 1000.0))
+        assert (floor.ttl_s, floor.reason) == (300.0, HoldReason.MAX_TTL)
+        floor = optimal_ttl(*args, TtlBound("floor", 300.0))
         assert (floor.ttl_s, floor.reason) == (300.0, HoldReason.OVERRIDE_FLOOR)
+        fixed = optimal_ttl(*args, TtlBound("fixed", 301.0))
+        assert (fixed.ttl_s, fixed.reason) == (300.0, HoldReason.MAX_TTL)
         assert optimal_ttl(*args, TtlBound("cap", 50.0)).ttl_s == free
         assert optimal_ttl(*args, TtlBound("floor", 0.01)).ttl_s == free
 
@@ -411,7 +425,11 @@ class TestDecidePause:
         assert (fixed.action, fixed.ttl_s) == ("pin", 60.0)
         assert fixed.reason is HoldReason.OVERRIDE_FIXED
         clipped = replace(scarce, ttl_bound=TtlBound("floor", 1e6), max_ttl_s=100.0)
-        assert decide_pause(clipped, TOOL_PRIOR).ttl_s == 100.0
+        pinned = decide_pause(clipped, TOOL_PRIOR)
+        assert (pinned.action, pinned.ttl_s) == ("pin", 100.0)
+        assert pinned.reason is HoldReason.MAX_TTL
+        none = decide_pause(replace(PAUSE, memory=IDLE, max_ttl_s=0.0), TOOL_PRIOR)
+        assert (none.action, none.reason) == ("offload", HoldReason.MAX_TTL)
         idle = replace(PAUSE, memory=IDLE)
         for mode in ("fixed", "cap"):
             bound = TtlBound(mode, 0.0)
