@@ -69,6 +69,8 @@ class ResidencyTable:
         self._locks: dict[tuple[str, int], _Lock] = {}
         self._locked: dict[tuple[str, bytes], int] = {}
         self._reservations: dict[tuple[str, int], _Reservation] = {}
+        # Orphans that are not what was stored and are being read: nobody finds them any more.
+        self._doomed: set[tuple[str, bytes]] = set()
         self._order = EvictionOrder(self._programs)
         self.evicted_chunks = 0
 
@@ -89,6 +91,8 @@ class ResidencyTable:
         slots: list[list[int]] = [[] for _ in range(ranks)]
         hit = 0
         for key in chain:
+            if (namespace, key) in self._doomed:
+                break
             chunks = [ChunkId(namespace, key, rank) for rank in range(ranks)]
             offsets = self._store.lock(chunks)
             if any(offset is None for offset in offsets):
@@ -180,7 +184,7 @@ class ResidencyTable:
         resident = 0
         # Beyond the reservation's end too: the chain's own tail, staged before, stays referenced.
         for key in res.keys:
-            if not all(
+            if (res.namespace, key) in self._doomed or not all(
                 self._store.resident(ChunkId(res.namespace, key, r)) for r in range(res.ranks)
             ):
                 break
@@ -206,8 +210,8 @@ class ResidencyTable:
     def spoilt(self, namespace: str, key: bytes) -> None:
         """A chunk is not what was stored: every chain ends before it.
 
-        It goes unless it is being read, and so does what came behind it, which nobody has compared: else the
-        next staging would take it for good and go on with it.
+        It goes, and so does what came behind it, which nobody has compared: else the next staging would take it
+        for good and go on with it. What is being read goes when that ends, and until then nobody finds it.
         """
         gone = {key: None}
         for ref, record in list(self._programs.items()):
@@ -219,10 +223,12 @@ class ResidencyTable:
                 gone[unreachable] = None
             del record.keys[at:]
             if not record.keys:
-                del self._programs[ref]
+                self._remove(ref)
         for chunk in ((namespace, one) for one in gone):
-            if chunk in self._orphans and not self._locked.get(chunk):
-                self._free(chunk)
+            if chunk in self._orphans:
+                self._doomed.add(chunk)
+                if not self._locked.get(chunk):
+                    self._free(chunk)
 
     def mark(
         self, owner: str, namespace: str, program: str, activity: Activity, now_s: float
@@ -265,6 +271,10 @@ class ResidencyTable:
         self._store.unlock(
             [ChunkId(lock.namespace, key, r) for key in keys for r in range(lock.ranks)]
         )
+        if self._doomed:
+            for chunk in ((lock.namespace, key) for key in keys):
+                if chunk in self._doomed and not self._locked.get(chunk):
+                    self._free(chunk)
 
     def _count_lock(self, chunk: tuple[str, bytes], step: int) -> None:
         count = self._locked.get(chunk, 0) + step
@@ -315,17 +325,19 @@ class ResidencyTable:
 
         0 where the store cannot let go of it yet: it is known until it can.
         """
-        ranks, slot_bytes = self._sizes[chunk]
-        if self._store.delete([ChunkId(*chunk, rank) for rank in range(ranks)]):
-            return 0
-        del self._sizes[chunk], self._orphans[chunk]
-        return ranks * slot_bytes
+        return self._forget(chunk) if self._delete(chunk) else 0
 
-    def _evict_chunk(self, chunk: tuple[str, bytes]) -> int:
-        """As `_free`, and counted."""
-        freed = self._free(chunk)
-        self.evicted_chunks += freed > 0
-        return freed
+    def _delete(self, chunk: tuple[str, bytes]) -> bool:
+        """Give a chunk's memory back; False where the store cannot let go of it yet."""
+        ranks, _ = self._sizes[chunk]
+        return not self._store.delete([ChunkId(*chunk, rank) for rank in range(ranks)])
+
+    def _forget(self, chunk: tuple[str, bytes]) -> int:
+        """A chunk that nobody references has gone; returns its bytes, all ranks."""
+        ranks, slot_bytes = self._sizes.pop(chunk)
+        del self._orphans[chunk]
+        self._doomed.discard(chunk)
+        return ranks * slot_bytes
 
     def _evict(
         self,
@@ -336,9 +348,7 @@ class ResidencyTable:
     ) -> bool:
         """Free at least something towards `need_bytes`, cheapest first; False when nothing may go."""
         own, own_keys = protect
-        freed = 0
-        for chunk in self._orphans_for(need_bytes, own[0], own_keys):
-            freed += self._evict_chunk(chunk)
+        freed = self._evict_orphans(need_bytes, own[0], own_keys)
         if freed >= need_bytes:
             return True
         for ref in self._order.victims(density, now_s):
@@ -348,15 +358,30 @@ class ResidencyTable:
                     break
         return freed > 0
 
+    def _evict_orphans(self, need_bytes: int, own_ns: str, own_keys: set[bytes]) -> int:
+        """Free chunks without a program, the oldest first."""
+        freed, stuck = 0, set[tuple[str, bytes]]()
+        while chosen := self._orphans_for(need_bytes - freed, own_ns, own_keys, stuck):
+            for chunk in chosen:
+                n_bytes = self._free(chunk)
+                freed += n_bytes
+                self.evicted_chunks += n_bytes > 0
+                if not n_bytes:
+                    stuck.add(chunk)
+                    # The next one who looks need not pass it first.
+                    self._orphans.move_to_end(chunk)
+        return freed
+
     def _orphans_for(
-        self, need_bytes: int, own_ns: str, own_keys: set[bytes]
+        self, need_bytes: int, own_ns: str, own_keys: set[bytes], stuck: set[tuple[str, bytes]]
     ) -> list[tuple[str, bytes]]:
         """The oldest chunks without a program that may go, as many as are wanted."""
         chosen: list[tuple[str, bytes]] = []
         for chunk in self._orphans:
             if need_bytes <= 0:
                 break
-            if not self._locked.get(chunk) and not (chunk[0] == own_ns and chunk[1] in own_keys):
+            is_own = chunk[0] == own_ns and chunk[1] in own_keys
+            if not self._locked.get(chunk) and not is_own and chunk not in stuck:
                 chosen.append(chunk)
                 ranks, slot_bytes = self._sizes[chunk]
                 need_bytes -= ranks * slot_bytes
@@ -371,14 +396,16 @@ class ResidencyTable:
             chunk = (ref[0], record.keys[-1])
             if self._locked.get(chunk):
                 break
+            is_own = ref[0] == own_ns and chunk[1] in own_keys
+            goes = self._refs[chunk] == 1 and not is_own
+            if goes and not self._delete(chunk):
+                # Its memory cannot be had yet: the chain is not made shorter for nothing.
+                break
             record.keys.pop()
             self._unref(chunk)
-            if chunk in self._orphans and not (ref[0] == own_ns and chunk[1] in own_keys):
-                n_bytes = self._evict_chunk(chunk)
-                if not n_bytes:
-                    # Its memory cannot be had yet: no more of the chain goes for nothing.
-                    break
-                freed += n_bytes
+            if goes:
+                freed += self._forget(chunk)
+                self.evicted_chunks += 1
         if not record.keys:
             self._remove(ref)
         return freed

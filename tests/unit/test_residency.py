@@ -324,14 +324,48 @@ def test_what_a_slow_disk_still_reads_is_neither_lost_nor_taken_for_room() -> No
     assert tier.store("q", "xy", value_s=10.0) is None
     assert tier.table.counts()["evicted_chunks"] == 0
     assert tier.hit("abcd") == 4
-    # No more of a chain is given up for nothing than one chunk.
-    assert len(tier.table._programs[NS, "p"].keys) == 3
+    assert len(tier.table._programs[NS, "p"].keys) == 4, "a chain was made shorter for nothing"
     tier.table.drop(NS, "p")
     assert tier.l1.n_free == 0
     assert tier.table.counts()["chunks"] == 4
     tier.l1.read_by_others.clear()
     assert tier.store("q", "wxyz") == 4
     assert tier.table.counts()["evicted_chunks"] == 4
+
+
+def test_what_cannot_go_yet_does_not_stand_before_what_can() -> None:
+    tier = Tier(4)
+    tier.store("p", "abcd", value_s=1e9)
+    tier.store("p", "z", value_s=1e9)  # None: nothing may go for it
+    lookup_id, _, _ = tier.lookup("abcd")
+    tier.table.drop(NS, "p")
+    tier.table.trim("e", lookup_id, 0, 0)
+    orphans = list(tier.table._orphans)
+    tier.l1.read_by_others = {ChunkId(*chunk, 0) for chunk in orphans[:3]}
+    assert tier.store("q", "y") == 1
+    assert tier.table.counts()["evicted_chunks"] == 1
+
+
+def test_room_is_made_after_a_program_has_gone_with_a_spoilt_chunk() -> None:
+    tier = Tier(4)
+    tier.store("p", "ab")
+    tier.store("q", "cd")
+    tier.table.spoilt(NS, keys_of("a"))
+    assert tier.store("r", "wxyz", value_s=1e9) == 4
+
+
+def test_a_spoilt_chunk_that_is_read_is_found_by_nobody_and_goes_when_that_ends() -> None:
+    tier = Tier(8)
+    tier.store("p", "abcd")
+    lookup_id, _, _ = tier.lookup("abcd")
+    tier.table.spoilt(NS, keys_of("ab")[KEY_BYTES:])
+    assert tier.hit("abcd") == 1
+    assert tier.store("p", "abcd") == 1, "what nobody can replace yet was taken for good"
+    tier.table.trim("e", lookup_id, 0, 0)
+    assert tier.l1.n_free == 7
+    assert tier.store("p", "abcd") == 4
+    assert tier.hit("abcd") == 4
+    assert not tier.table._doomed
 
 
 def test_a_spoilt_chunk_ends_every_chain_that_has_it() -> None:
