@@ -87,12 +87,17 @@ class CheckedCopies:
             with self._changed:
                 self._results.append(rejected(order, text))
             return
+        if self._is_late(order):
+            # Its slots may be somebody else's by now.
+            with self._changed:
+                self._results.append(rejected(order, LEASE_ENDED))
+            return
         if order.direction == "store":
             # Whoever reads it before it is whole finds no mark.
             words = self._region[: self._region.nbytes // 8 * 8].view(np.uint64)
             words[(slots + self._layout.slot_bytes(order.chunk_blocks)) // 8] = 0
-        self._orders[order.order_id] = order
         self.inner.submit(order, now_s)
+        self._orders[order.order_id] = order
 
     def poll(self) -> list[CopyResult]:
         """See `CopyEngine.poll`."""
@@ -172,16 +177,19 @@ class CheckedCopies:
             return _failed(result, LEASE_ENDED)
         assert self._region is not None
         slots, blocks, keys = self._arrays(order)
-        loop = self._sums.seal if order.direction == "store" else self._sums.verify
-        bad = loop(
-            self._region.ctypes.data,
-            slots,
-            blocks,
-            self._layout.plane_table(order.chunk_blocks),
-            self._layout.slot_bytes(order.chunk_blocks),
-            keys,
-            self._share,
-        )
+        address, planes = self._region.ctypes.data, self._layout.plane_table(order.chunk_blocks)
+        trailer, bad = self._layout.slot_bytes(order.chunk_blocks), WHOLE
+        if order.direction == "load":
+            bad = self._sums.verify(address, slots, blocks, planes, trailer, keys, self._share)
+        else:
+            for i in range(len(slots)):
+                # Chunk by chunk: nothing is written to a slot that may be somebody else's.
+                if self._is_late(order):
+                    break
+                one = slice(i, i + 1)
+                self._sums.seal(
+                    address, slots[one], blocks[one], planes, trailer, keys[one], self._share
+                )
         if self._is_late(order):
             # Somebody else's by now: what was found there says nothing.
             return _failed(result, LEASE_ENDED)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kvtier.copies.checked import SHARES, CheckedCopies
-from kvtier.copies.checksums import load_checksums
-from kvtier.copies.kernel import DONE
+from kvtier.copies.checksums import Checksums, load_checksums
+from kvtier.copies.kernel import DONE, LATE
 from kvtier.copies.kv_layout import KVLayout
 from kvtier.copies.plan import CopyOrder, CopyResult
 from kvtier.copy_engine import LEASE_ENDED, CpuCopyEngine
@@ -164,9 +164,45 @@ def test_a_load_that_claims_success_is_found_out(rig: Rig) -> None:
 
 def test_what_is_being_written_anew_is_not_whole(rig: Rig) -> None:
     rig.stored()
-    assert not rig.run("store", [0], [0, 1, 2], deadline_s=-1.0).ok
+    kernel, rig.inner._kernel = rig.inner._kernel, lambda *_: LATE
+    assert not rig.run("store", [0], [0, 1, 2]).ok
+    rig.inner._kernel = kernel
     assert spoilt(rig.run("load", [0], [6, 7, 8]))
     assert rig.run("load", [1], [6, 7, 8]).ok
+
+
+def test_a_store_that_comes_late_leaves_its_slots_alone(rig: Rig) -> None:
+    """They may be another engine's by then."""
+    rig.stored()
+    before, rig.now_s = rig.region.copy(), 100.0
+    result = rig.run("store", [0], [6, 7, 8], deadline_s=50.0, keys=KEYS[3])
+    assert (result.ok, result.error) == (False, LEASE_ENDED)
+    assert (rig.region == before).all()
+
+
+def test_a_sum_that_comes_late_is_not_written(rig: Rig) -> None:
+    rig.stored()
+    before, seal = rig.region.copy(), rig.engine._sums.seal
+
+    def stopped_behind_one(*arguments: Any) -> int:
+        outcome = seal(*arguments)
+        rig.now_s = 100.0
+        return outcome
+
+    sums = rig.engine._sums
+    rig.engine._sums = Checksums(sums.xxh64, stopped_behind_one, sums.verify)
+    keys = KEYS[2] + KEYS[3]
+    result = rig.run("store", [0, 1], [6, 7, 8, 9, 10, 11], deadline_s=50.0, keys=keys)
+    assert (result.ok, result.error) == (False, LEASE_ENDED)
+    key_of_second = slice(rig.pitch + rig.slot_bytes + 8, rig.pitch + rig.slot_bytes + 24)
+    assert (rig.region[key_of_second] == before[key_of_second]).all()
+
+
+def test_an_order_that_the_copies_refuse_is_not_remembered(rig: Rig) -> None:
+    rig.inner.close()
+    with pytest.raises(RuntimeError):
+        rig.run("load", [0], [6, 7, 8])
+    assert not rig.engine._orders
 
 
 def test_chunks_that_are_left_out_are_neither_summed_nor_checked(rig: Rig) -> None:
@@ -205,7 +241,7 @@ def test_a_check_after_the_deadline_says_nothing(rig: Rig) -> None:
         return outcome
 
     rig.inner._kernel = slow
-    is_late, answers = rig.engine._is_late, iter([False, True])
+    is_late, answers = rig.engine._is_late, iter([False, False, True])
     rig.engine._is_late = lambda order: next(answers, is_late(order))  # type: ignore[method-assign]
     result = rig.run("load", [0], [6, 7, 8])
     assert (result.ok, result.spoilt_key, result.error) == (False, b"", LEASE_ENDED)
