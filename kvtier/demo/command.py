@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import tempfile
 from dataclasses import asdict
 from importlib import metadata
@@ -24,11 +25,12 @@ from kvtier.demo.driver import WorkError
 from kvtier.demo.progress import DemoProgress
 from kvtier.demo.report import ArmResult, build_report, render_html, write_json
 from kvtier.demo.runner import DemoRun, run_arms
-from kvtier.demo.servers import ServerError, stop_on_sigterm
+from kvtier.demo.servers import ServerError
 from kvtier.demo.summary import print_summary
 from kvtier.demo.workload import Workload, WorkloadConfig, build_workload
 from kvtier.server.launch import SupervisorError, shm_free_bytes
 from kvtier.setup.model import ModelSetupError, ensure_model
+from kvtier.stop_signals import as_interrupt
 
 _GIB = 1 << 30
 _MIB = 1 << 20
@@ -93,7 +95,10 @@ def demo(
         )
         if set(chosen) != {Arm.PLAIN}:
             _check_shared_memory(engine.cpu_tier_bytes)
-        with stop_on_sigterm(), DemoProgress(console, chosen, programs, workload.turns) as progress:
+        with (
+            as_interrupt(signal.SIGTERM),
+            DemoProgress(console, chosen, programs, workload.turns) as progress,
+        ):
             results = run_arms(DemoRun(workload, engine, chosen, logs), progress)
     except KeyboardInterrupt:
         console.print("stopped; all servers are down")

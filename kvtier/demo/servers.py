@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -194,17 +194,3 @@ def _processes_of(run: str) -> Iterator[psutil.Process]:
         with suppress(psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
             if process.pid != os.getpid() and process.environ().get(_RUN_VARIABLE) == run:
                 yield process
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into KeyboardInterrupt, so that leaving the contexts stops the servers."""
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

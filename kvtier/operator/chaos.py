@@ -7,7 +7,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -18,6 +18,7 @@ from kvtier.operator.chaos_faults import FAULTS, SERVER_NAME, Fault, NotThereErr
 from kvtier.operator.command import SAID_NO, TOP_LEVEL, UNREACHABLE, USAGE, stop
 from kvtier.operator.durations import DURATION, format_duration
 from kvtier.operator.output import make_console, make_table, print_json
+from kvtier.stop_signals import as_interrupt
 
 if TYPE_CHECKING:
     from kvtier.client import KVTierClient
@@ -147,14 +148,14 @@ def inject(fault: Fault, run_dir: Path, observer: Observer, hold_s: float, wait_
     """Do it, undo it, and wait until all is as before."""
     report = Report(fault.name)
     before, counted = observer.look(), observer.failures()
-    try:
-        victim = Victim(run_dir, fault.part)
-    except NotThereError as error:
-        report.problem = str(error)
-        return report
     begin_s = time.monotonic()
-    with closing(victim):
-        victim.send(fault.number)
+    with ExitStack() as stack:
+        try:
+            victim = stack.enter_context(closing(Victim(run_dir, fault.part)))
+            victim.send(fault.number)
+        except NotThereError as error:
+            report.problem = str(error)
+            return report
         report.pid = victim.pid
         report.injected = f"{fault.number.name} to process {victim.pid} ({fault.part})"
         try:
@@ -263,7 +264,10 @@ def chaos(
 
     directory = _existing(run_dir)
     reports = []
-    with KVTierClient(ControlFiles(directory).unix_target, timeout_s=ANSWER_S) as client:
+    # What hangs must go on, however this ends.
+    signals = as_interrupt(signal.SIGTERM, signal.SIGHUP)
+    target = ControlFiles(directory).unix_target
+    with signals, KVTierClient(target, timeout_s=ANSWER_S) as client:
         observer = Observer(directory, client, metrics or ())
         for name in names:
             report = inject(FAULTS[name], directory, observer, hold, wait)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from kvtier.demo.servers import ServerError, ServerGroup, free_ports, stop_on_sigterm
+from kvtier.demo.servers import ServerError, ServerGroup, free_ports
+from kvtier.stop_signals import as_interrupt
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -107,6 +108,6 @@ with ServerGroup(pathlib.Path({str(tmp_path)!r})) as group:
 
 def test_sigterm_becomes_an_interrupt_and_is_given_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), stop_on_sigterm():
+    with pytest.raises(KeyboardInterrupt), as_interrupt(signal.SIGTERM):
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before

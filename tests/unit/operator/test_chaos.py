@@ -19,7 +19,7 @@ from kvtier.config import Settings
 from kvtier.control import launch
 from kvtier.control.files import ControlFiles, ControlRecord
 from kvtier.operator import chaos
-from kvtier.operator.chaos_faults import FAULTS, SERVER_NAME
+from kvtier.operator.chaos_faults import FAULTS, SERVER_NAME, NotThereError, Victim
 from kvtier.server.files import ServerFiles
 from kvtier.supervisor import ServerLease, ensure_server, status
 from tests.unit.test_supervisor import DEADLINE_S, make_spec, wait_until
@@ -139,6 +139,34 @@ def test_a_server_that_hangs_is_let_go_on(run_dir: Path, lease: ServerLease) -> 
     assert states[-2:] == ["silent", "ready"]
     assert (server_pid(run_dir), lease.generation) == (pid, 1)
     assert psutil.Process(pid).status() != psutil.STATUS_STOPPED
+
+
+def test_what_hangs_goes_on_when_the_command_is_ended(
+    run_dir: Path, lease: ServerLease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = server_pid(run_dir)
+
+    def ended_while_it_hangs(_seconds: float) -> None:
+        assert psutil.Process(pid).status() == psutil.STATUS_STOPPED
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(chaos.time, "sleep", ended_while_it_hangs)
+    before = signal.getsignal(signal.SIGTERM)
+    result = run(run_dir, "--test-deployment", "lmcache-stop")
+    assert result.exit_code != 0
+    assert psutil.Process(pid).status() != psutil.STATUS_STOPPED
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_process_that_ends_before_it_is_broken_is_told(
+    run_dir: Path, lease: ServerLease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise NotThereError("it has just ended")
+
+    monkeypatch.setattr(Victim, "send", gone)
+    result = run(run_dir, "--test-deployment", "lmcache-kill", "guardian-kill", "--json")
+    assert [report["problem"] for report in told(result)] == ["it has just ended"] * 2
 
 
 def test_what_does_not_come_back_is_told(run_dir: Path, lease: ServerLease) -> None:
