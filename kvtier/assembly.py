@@ -95,6 +95,7 @@ def build_scheduler_half(
                 mode=settings.admission,
                 aging_s=settings.aging_s,
                 max_defer_s=settings.max_defer_s,
+                backfill_turns=settings.backfill_turns,
             )
         ),
         policy=policy,
@@ -150,7 +151,8 @@ def connect_control(
             model = str(vllm_config.model_config.model)
             # Not `data_parallel_rank`, which is 0 in every engine of a dense model.
             rank = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
-            status.append(EngineStatus(half(), engine_id, model, rank))
+            on_hosts_tier = settings.lmcache_url is None
+            status.append(EngineStatus(half(), engine_id, model, rank, on_hosts_tier=on_hosts_tier))
         return status[0]
 
     return EngineLink(

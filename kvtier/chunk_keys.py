@@ -4,21 +4,24 @@ A key is a rolling BLAKE2b over everything the KV depends on besides the engine'
 tenant, and all tokens up to the chunk's end. It does not use vLLM's block hashes, whose seed is random
 per process unless PYTHONHASHSEED is set: keys must be the same after an engine restart.
 
-Hashing a 100k-token prompt costs about 3 ms, so each program keeps its `ChunkChain` and only hashes what
+Hashing a 100k-token prompt costs about 2 ms, so each program keeps its `ChunkChain` and only hashes what
 is new; whether the prefix is unchanged is asked of vLLM's own block hashes, which it has computed anyway.
 """
 
 from __future__ import annotations
 
-from array import array
+import struct
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvtier.wire import KEY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_TOKEN_BYTES: Final = 8
+_PIECE_CHUNKS: Final = 32
 
 
 def namespace(**parts: object) -> str:
@@ -90,12 +93,17 @@ class ChunkChain:
         keys = self.keys[: common * KEY_BYTES]
         marks = self.marks[:common]
         key = bytes(keys[-KEY_BYTES:]) if common else self.seed
-        # In one piece: to slice the engine's list chunk by chunk costs as much as the hashing.
-        new = array("q", tokens[common * self.chunk_tokens : n_chunks * self.chunk_tokens])
-        data, chunk_bytes = new.tobytes(), self.chunk_tokens * new.itemsize
-        for start in range(0, len(data), chunk_bytes):
-            key = blake2b(key + data[start : start + chunk_bytes], digest_size=KEY_BYTES).digest()
-            keys += key
+        chunk_bytes = self.chunk_tokens * _TOKEN_BYTES
+        # By the piece: to pack the engine's list chunk by chunk takes a quarter longer, and so does one large piece,
+        # for which memory has to be fetched from the system.
+        for first in range(common, n_chunks, _PIECE_CHUNKS):
+            last = min(first + _PIECE_CHUNKS, n_chunks)
+            piece = tokens[first * self.chunk_tokens : last * self.chunk_tokens]
+            data = struct.pack(f"{len(piece)}q", *piece)
+            for start in range(0, len(data), chunk_bytes):
+                hashed = key + data[start : start + chunk_bytes]
+                key = blake2b(hashed, digest_size=KEY_BYTES).digest()
+                keys += key
         for chunk in range(common, n_chunks):
             marks.append(bytes(block_hashes[(chunk + 1) * per_chunk - 1]))
         return ChunkChain(self.seed, self.chunk_tokens, keys, marks)

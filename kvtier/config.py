@@ -94,6 +94,7 @@ Count = Annotated[int, Field(ge=1), _NoBool]
 Natural = Annotated[int, Field(ge=0), _NoBool]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), _NoBool]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NoBool]
+Times = Annotated[float, Field(ge=0, allow_inf_nan=False), _NoBool]
 Share = Annotated[float, Field(ge=0, le=1), _NoBool]
 Address = Annotated[str, StringConstraints(pattern=_TIER_PATTERN)]
 Url = Annotated[str, StringConstraints(pattern=_URL_PATTERN)]
@@ -185,6 +186,11 @@ class Settings(BaseSettings):
     )
     max_defer_s: Seconds = Field(
         default=3600.0, description="Longest time that a request may be held back for others, s."
+    )
+    backfill_turns: Times = Field(
+        default=0.0,
+        description="A waiting request for which there is no room lets others pass that fit, for so many times as "
+        "long as a turn takes on average; then memory is left for it. 0: nobody passes.",
     )
 
     # Programs.

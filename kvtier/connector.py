@@ -27,9 +27,10 @@ from kvtier.logs import join_vllms_log
 from kvtier.metadata import KVTierMetadata, KVTierWorkerMetadata
 from kvtier.metrics import KVTierPromMetrics, KVTierStats
 from kvtier.orders import StepOrders, failing_load
+from kvtier.turns.allocated_blocks import AllocatedBlocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from kvtier.backend import Region
     from kvtier.orders import Order, OrderResult
@@ -147,12 +148,13 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
 
     @_guarded(None)
     def _bind(self, manager: Any) -> None:
-        from kvtier.turns import block_pool  # noqa: PLC0415 - not in the API process
+        from kvtier.turns import block_pool, step_view  # noqa: PLC0415 - not in the API process
 
         half = self.scheduler_half
         assert half is not None
         # Beside another connector, which may still read a finished request's blocks, they stay its.
         own = block_pool.request_blocks(manager) if self._is_alone else None
+        self._step_facts = step_view.step_facts
         half.bind(block_pool.VllmBlockPool(manager.block_pool, own))
         block_pool.wrap_allocation(manager, self._make_room, self._before_reset, self._after_reset)
 
@@ -224,10 +226,15 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         """See `SchedulerHalf.match`. Loads are always asynchronous."""
         half = self.scheduler_half
         # Most questions are about requests that were deferred in the step before.
-        if half is not None and half.deferrals.stands(request.request_id):
+        if half is not None and self._stands(request.request_id):
             return None, False
         matched: tuple[int | None, bool] = self._match(request, num_computed_tokens)
         return matched
+
+    @_guarded(False)
+    def _stands(self, request_id: str) -> bool:
+        assert self.scheduler_half is not None
+        return self.scheduler_half.deferrals.stands(request_id)
 
     @_guarded((0, False))
     def _match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -239,18 +246,18 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """See `SchedulerHalf.on_allocated`."""
         ordered = self._on_allocated(
-            request, lambda: blocks.get_block_ids()[0], num_external_tokens
+            request, lambda: AllocatedBlocks(blocks.blocks[0]), num_external_tokens
         )
         if num_external_tokens and not ordered:
             # vLLM will wait for this load, though kvtier has failed: one that fails ends the wait.
             first = self._local_tokens // self._block_tokens
             last = -(-(self._local_tokens + num_external_tokens) // self._block_tokens)
-            missing = blocks.get_block_ids()[0][first:last]
+            missing = AllocatedBlocks(blocks.blocks[0])[first:last]
             self._last_loads.append(failing_load(request.request_id, missing))
 
     @_guarded(False)
     def _on_allocated(
-        self, request: Any, block_ids: Callable[[], list[int]], n_external: int
+        self, request: Any, block_ids: Callable[[], Sequence[int]], n_external: int
     ) -> bool:
         assert self.scheduler_half is not None
         self.scheduler_half.on_allocated(request, block_ids, n_external)
@@ -298,9 +305,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
     @_guarded(None)
     def _build(self, output: Any) -> KVTierMetadata:
         assert self.scheduler_half is not None
-        from kvtier.turns.step_view import step_facts  # noqa: PLC0415 - not in the API process
-
-        return KVTierMetadata(self.scheduler_half.build(step_facts(output)))
+        return KVTierMetadata(self.scheduler_half.build(self._step_facts(output)))
 
     def update_connector_output(self, connector_output: Any) -> None:
         """See `SchedulerHalf.on_worker`."""

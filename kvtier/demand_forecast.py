@@ -10,7 +10,8 @@ The blocks wanted in ``d`` turns are expected to be::
     sum over programs i of  active_i * (context_i + growth_i * d) * S(turns_i + d) / S(turns_i)
 
 ``S(n)``: the share of episodes that last for more than ``n`` turns, a Kaplan-Meier estimate in which
-episodes under way count as censored. ``growth_i``: blocks a turn, learnt from the program itself and from all.
+episodes under way count as censored. ``growth_i``: blocks a turn, learnt from the program itself and from all,
+and before that a part of its context.
 ``active_i``: the share of its time in which a program runs; who is away for longer counts less.
 
 Time is a parameter; nothing here reads a clock.
@@ -38,6 +39,11 @@ PRIOR_P90_TURNS: Final = 40.0
 coding agents (SWE-Bench, 11 turns; Claude Code, 45 turns in sessions of several episodes)."""
 PRIOR_WEIGHT: Final = 4.0
 """Episodes that the prior is worth."""
+PRIOR_GROWTH: Final = 0.2
+"""Part of a context by which it grows in a turn, before any growth was seen: between coding agents (Claude Code) and
+function calling."""
+PRIOR_GROWTH_TURNS: Final = 4.0
+"""Turns that this is worth."""
 POOLED_TURNS: Final = 2.0
 """The mean growth of all programs counts like so many turns of a program's own."""
 WINDOW: Final = 256
@@ -147,18 +153,18 @@ class _Rows(Generic[Key]):
 class _Mean:
     """A mean in which each sample weighs `DECAY` of the one after it; 0 without samples."""
 
-    __slots__ = ("_sum", "_weight")
+    __slots__ = ("_sum", "weight")
 
     def __init__(self) -> None:
-        self._sum = self._weight = 0.0
+        self._sum = self.weight = 0.0
 
     @property
     def value(self) -> float:
-        return self._sum / self._weight if self._weight else 0.0
+        return self._sum / self.weight if self.weight else 0.0
 
     def add(self, sample: float) -> None:
         self._sum = DECAY * self._sum + sample
-        self._weight = DECAY * self._weight + 1.0
+        self.weight = DECAY * self.weight + 1.0
 
 
 class DemandForecast(Generic[Key]):
@@ -187,6 +193,11 @@ class DemandForecast(Generic[Key]):
     def __len__(self) -> int:
         """Return the number of programs in an episode."""
         return len(self._programs)
+
+    @property
+    def turn_s(self) -> float:
+        """Mean time from a turn's start, with its blocks, to its end; 0 before one has ended."""
+        return self._turn_s.value
 
     def turn_waits(self, program: Key, now_s: float) -> None:
         """A turn of a program arrives; one that is in no episode is not counted before it starts."""
@@ -303,6 +314,10 @@ class DemandForecast(Generic[Key]):
         """Blocks that programs want in `AHEAD_TURNS`, by how likely they run then; (programs, ahead)."""
         turn_s, gap_s = self._turn_s.value, self._gap_s.value
         contexts, turns, grown, grown_turns, is_active, gaps, paused = columns
+        seen = self._growth_blocks.weight
+        pooled = (seen * pooled + PRIOR_GROWTH_TURNS * PRIOR_GROWTH * contexts) / (
+            seen + PRIOR_GROWTH_TURNS
+        )
         growths = (grown + POOLED_TURNS * pooled) / (grown_turns + POOLED_TURNS)
         # Gaps have heavy tails: who has been away for long is expected to be away for as long again.
         away_s = np.where(is_active, gap_s, np.maximum(gaps, now_s - paused))

@@ -153,6 +153,8 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
         attention_width=int(width * model.get_head_size()),
         on_cpu=on_cpu,
         trailer_bytes=0 if settings.integrity == "off" else TRAILER_BYTES,
+        batch_requests=int(vllm_config.scheduler_config.max_num_seqs),
+        step_tokens=int(vllm_config.scheduler_config.max_num_batched_tokens),
     )
 
 

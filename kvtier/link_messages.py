@@ -171,7 +171,8 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
 class EngineHello(_Message, frozen=True, kw_only=True):
     """An engine and what does not change about it.
 
-    `parent_pid` tells whose API process can wake it; `pid_start_s` is in seconds after the host's boot.
+    `parent_pid` tells whose API process can wake it; `pid_start_s` is in seconds after the host's boot;
+    `on_hosts_tier` is false where it was given another LMCache server than the one that kvtier keeps on the host.
     """
 
     link: int
@@ -187,6 +188,7 @@ class EngineHello(_Message, frozen=True, kw_only=True):
     total_blocks: int
     versions: dict[str, str]
     policy: PolicyState
+    on_hosts_tier: bool = True
 
 
 class PinState(msgspec.Struct, array_like=True, frozen=True):

@@ -142,8 +142,9 @@ class SchedulerHalf(SchedulerParts):
         """Step 7: the turn is over, its blocks are still its own. Decide where its KV waits."""
         told = self._finished(request, block_ids)
         if not self._turns:
-            # Before the client has its answer: who asks the control server then is told of this turn.
-            self.report(self._clock())
+            # Before the client has its answer: who asks the control server then is told of this turn. Its blocks
+            # are free a moment later.
+            self.report(self._clock(), settled=False)
         return told
 
     def _finished(self, request: Any, block_ids: Sequence[int]) -> dict[str, Any] | None:
@@ -299,10 +300,10 @@ class SchedulerHalf(SchedulerParts):
             or (self._link is not None and self._link.busy())
         )
 
-    def report(self, now_s: float) -> None:
-        """Tell the control server what has happened; at once where the engine goes idle now."""
+    def report(self, now_s: float, *, settled: bool = True) -> None:
+        """Tell the control server what has happened; at once where the engine goes idle now. See `EngineLink.report`."""
         if self._link is not None:
-            self._link.report(now_s, idle=not self._turns)
+            self._link.report(now_s, idle=not self._turns, settled=settled)
 
     def late_results(self, results: Iterable[OrderResult]) -> bool:
         """After `shutdown`: copies have ended that wrote to blocks of ours; False when none is left."""

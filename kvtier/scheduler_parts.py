@@ -98,7 +98,7 @@ class SchedulerParts:
         self._steps = StepTimes()
         self._waiting_tokens = WaitingTokens()
         self._running_requests = 0
-        self.deferrals = Deferrals(admission, self._admission_view, stats)
+        self.deferrals = Deferrals(admission, self._admission_view, stats, lambda: self.room)
         self.reader = TierReader(
             tier,
             stats,
@@ -270,8 +270,8 @@ class SchedulerParts:
 
     @property
     def running_requests(self) -> int:
-        """Requests in the last step."""
-        return self._running_requests
+        """Requests in the last step that have not ended: there may be no other step for long."""
+        return min(self._running_requests, len(self._turns))
 
     def _load(self) -> Load:
         return Load(*self.waiting, self._running_requests, self.reader.backlog_tokens)
@@ -288,12 +288,15 @@ class SchedulerParts:
     def _admission_view(self, now_s: float) -> AdmissionView:
         region = self.tier.region if self.tier.state is TierState.READY else None
         tier_bytes = region.size_bytes if region is not None else 0
+        running = self._running_requests + self.reader.n_loads
         return AdmissionView(
             now_s=now_s,
             free_blocks=self.pool.n_free,
             total_blocks=self.pool.n_blocks,
-            running_requests=self._running_requests + self.reader.n_loads,
+            running_requests=running,
             pinned_blocks=self.pins.pinned_blocks,
             tier_blocks=tier_bytes // (self.facts.block_bytes * self.facts.ranks),
             round_s=self.policy.round_s(*self.admission.busy),
+            open_places=self.facts.batch_requests - running,
+            step_blocks=(self.facts.step_tokens - running) // self.facts.block_tokens,
         )

@@ -20,6 +20,7 @@ from kvtier.calibration import (
     save_profile,
 )
 from kvtier.copies.checked import SHARES, CheckedCopies
+from kvtier.copies.checksums import load_checksums
 from kvtier.copies.kv_layout import KVLayout
 from kvtier.copies.plan import CopyOrder
 from kvtier.cpu_pool import CpuPool, default_engine
@@ -92,13 +93,20 @@ class WorkerHalf:
         self._bad_blocks: set[int] = set()
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Describe the KV caches; without a layout that can be copied, every order fails."""
+        """Describe the KV caches; without a layout that can be copied, every order fails.
+
+        Raises:
+            RuntimeError: Copies are to be checked, and this machine cannot compute checksums.
+        """
         try:
             layout = self._layout(kv_caches)
         except ValueError as error:
             # Pins still work. What the scheduler orders fails, is counted, and is computed instead.
             logger.error("kvtier cannot copy this model's KV, it is pinned only: %s", error)  # noqa: TRY400
             return
+        if self._integrity != "off":
+            # Compiled now, and not in a step. Where that is not possible, the start fails.
+            load_checksums()
         self._pool = CpuPool(layout, engine_factory=self._engine)
         self._kv_layout = layout
         if self._profile_dir is not None and self._rank == 0:
@@ -111,7 +119,13 @@ class WorkerHalf:
         engine = self._copying_engine(layout, region)
         if self._integrity == "off":
             return engine
-        return CheckedCopies(engine, layout, region.array, share=SHARES[self._integrity])
+        try:
+            share = SHARES[self._integrity]
+            return CheckedCopies(engine, layout, region.array, share=share, rank=self._rank)
+        except BaseException:
+            # Else the region stays in use, and cannot be given back.
+            engine.close()
+            raise
 
     def _copying_engine(self, layout: KVLayout, region: SharedRegion) -> CopyEngine:
         if self._profile_dir is None:

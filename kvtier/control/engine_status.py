@@ -32,13 +32,23 @@ class EngineStatus:
         engine_id: Its name.
         model: The model that it serves.
         dp_rank: Its data-parallel rank.
+        on_hosts_tier: See `EngineHello`.
     """
 
-    def __init__(self, half: SchedulerHalf, engine_id: str, model: str, dp_rank: int) -> None:
+    def __init__(
+        self,
+        half: SchedulerHalf,
+        engine_id: str,
+        model: str,
+        dp_rank: int,
+        *,
+        on_hosts_tier: bool = True,
+    ) -> None:
         self._half = half
         self._engine_id = engine_id
         self._model = model
         self._dp_rank = dp_rank
+        self._on_hosts_tier = on_hosts_tier
         self._pid_start_s = start_s(os.getpid()) or 0.0
         self._parent_pid = os.getppid()
         self._started_s = time.time()
@@ -61,6 +71,7 @@ class EngineStatus:
             total_blocks=half.pool.n_blocks,
             versions=self._versions,
             policy=half.live_policy.state(),
+            on_hosts_tier=self._on_hosts_tier,
         )
 
     def gauges(self) -> Gauges:

@@ -215,7 +215,9 @@ class Registry:
 
 
 def _lose_tier(engine: EngineRecord) -> bool:
-    """Take an engine's CPU tier for lost; False if it had none that worked."""
+    """Take an engine's CPU tier for lost; False if it had none that worked, or another one than the host's."""
+    if not engine.hello.on_hosts_tier:
+        return False
     if engine.gauges is None or engine.gauges.tier_state != "ready":
         return False
     engine.gauges = msgspec.structs.replace(engine.gauges, tier_state="lost")

@@ -32,7 +32,7 @@ class TierWatch:
     def __init__(
         self, run_dir: Path, registry: Registry, changed: Callable[[EngineRecord], None]
     ) -> None:
-        self._run_dir = run_dir
+        self._files = ServerFiles(run_dir, SERVER_NAME)
         self._registry = registry
         self._changed = changed
         self._record: ServerRecord | None = None
@@ -64,11 +64,10 @@ class TierWatch:
     def _read(self) -> None:
         """Read the record where it has changed. While there is none that can be read, the last one holds."""
         try:
-            found = (self._run_dir / f"{SERVER_NAME}.json").stat()
+            found = self._files.record_path.stat()
         except FileNotFoundError:
             return
         stamp = found.st_ino, found.st_mtime_ns
         if stamp != self._stamp:
             self._stamp = stamp
-            # Where there is a record, there are the other files of the server, which this would make.
-            self._record = ServerFiles(self._run_dir, SERVER_NAME).read_record() or self._record
+            self._record = self._files.read_record() or self._record

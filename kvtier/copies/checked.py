@@ -11,6 +11,7 @@ Sums lie in the shared memory, so every engine of the host that shares the KV ca
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import queue
 import threading
 import time
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 SHARES: Final = {"sample": 16, "full": 1}
 """By the setting: one chunk in so many has a checksum. Which ones, their keys say: to every engine the same."""
 
+_FIRST, _SECOND, _LAST = range(3)
+
 NOT_AS_STORED = "chunk {chunk} of the order is not as it was stored"
 NO_TRAILER = "slots and keys do not fit: {slots} slots, {keys} keys"
 
@@ -47,6 +50,7 @@ class CheckedCopies:
         layout: Where the blocks are.
         region: The slots, uint8; held until `close`. Behind the KV of each there are `TRAILER_BYTES`.
         share: One chunk in so many is summed.
+        rank: Of the worker: a chunk of another rank is not what was stored.
         clock: Seconds; deadlines of orders are on this clock.
 
     Raises:
@@ -60,6 +64,7 @@ class CheckedCopies:
         region: NDArray[np.uint8],
         *,
         share: int,
+        rank: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sums = load_checksums()
@@ -67,13 +72,19 @@ class CheckedCopies:
         self._layout = layout
         self._region: NDArray[np.uint8] | None = region
         self._share = np.uint64(share)
+        # Into the second half of each key: by the first half the chunks are chosen that are summed.
+        self._rank_mark = np.array([0, rank], np.uint64)
         self._clock = clock
         self._orders: dict[int | str, CopyOrder] = {}
         self._results: list[CopyResult] = []
         self._n_checking = 0
         self._closing = False
         self._changed = threading.Condition()
-        self._jobs: queue.SimpleQueue[tuple[CopyOrder, CopyResult] | None] = queue.SimpleQueue()
+        # Loads first, which requests wait for; the number keeps jobs in order and uncompared. None ends it.
+        self._jobs: queue.PriorityQueue[tuple[int, int, tuple[CopyOrder, CopyResult] | None]] = (
+            queue.PriorityQueue()
+        )
+        self._job_number = itertools.count()
         self._thread = threading.Thread(target=self._run, name="kvtier-check", daemon=True)
         self._thread.start()
 
@@ -131,7 +142,7 @@ class CheckedCopies:
         self.inner.close()
         self._closing = True
         self._take()
-        self._jobs.put(None)
+        self._jobs.put((_LAST, next(self._job_number), None))
         self._thread.join()
         self._region = None
 
@@ -153,11 +164,12 @@ class CheckedCopies:
                     self._results.append(result)
                     continue
                 self._n_checking += 1
-            self._jobs.put((order, result))
+            urgency = _FIRST if order.direction == "load" else _SECOND
+            self._jobs.put((urgency, next(self._job_number), (order, result)))
 
     def _run(self) -> None:
         while True:
-            job = self._jobs.get()
+            _, _, job = self._jobs.get()
             if job is None:
                 return
             order, result = job
@@ -177,10 +189,11 @@ class CheckedCopies:
             return _failed(result, LEASE_ENDED)
         assert self._region is not None
         slots, blocks, keys = self._arrays(order)
+        names = keys ^ self._rank_mark
         address, planes = self._region.ctypes.data, self._layout.plane_table(order.chunk_blocks)
         trailer, bad = self._layout.slot_bytes(order.chunk_blocks), WHOLE
         if order.direction == "load":
-            bad = self._sums.verify(address, slots, blocks, planes, trailer, keys, self._share)
+            bad = self._sums.verify(address, slots, blocks, planes, trailer, names, self._share)
         else:
             for i in range(len(slots)):
                 # Chunk by chunk: nothing is written to a slot that may be somebody else's.
@@ -188,7 +201,7 @@ class CheckedCopies:
                     break
                 one = slice(i, i + 1)
                 self._sums.seal(
-                    address, slots[one], blocks[one], planes, trailer, keys[one], self._share
+                    address, slots[one], blocks[one], planes, trailer, names[one], self._share
                 )
         if self._is_late(order):
             # Somebody else's by now: what was found there says nothing.

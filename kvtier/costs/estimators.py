@@ -7,6 +7,7 @@ The initial model comes from calibration, or from a formula before the first cal
 
 import math
 from bisect import bisect_right
+from collections import deque
 from dataclasses import dataclass
 
 from kvtier.costs.fitting import DECAY, DecayedFit, check_seconds
@@ -15,6 +16,12 @@ MAX_RATE_CORRECTION = 64.0
 """The link's measured rate stays within this factor of the initial curve."""
 MAX_LATENCY_S = 10.0
 """Upper clamp of a link's fitted latency."""
+TYPICAL_TRANSFERS = 15
+"""Transfers whose median error says what is typical of a link now."""
+SIZE_CLASS_BITS = 3
+"""Transfers are alike whose sizes have the same number of bits, in steps of so many: a factor of eight."""
+OUTLIER = 1.1
+"""A transfer counts as no further than this factor from what is typical."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +146,13 @@ class PrefillModel:
 
 
 class LinkEstimator:
-    """Corrects a calibrated link model from the transfers the worker reports."""
+    """Corrects a calibrated link model from the transfers the worker reports.
+
+    The fit is one of least squares, which a few transfers that were interrupted (another process had the
+    core) would drag away from all others. So each is first brought to within ``OUTLIER`` of what the median
+    of the last ``TYPICAL_TRANSFERS`` of about its size says of the model of now (winsorised). A lasting change
+    moves the median; and the sizes are kept apart, as small transfers tell the latency, and large ones the rate.
+    """
 
     def __init__(self, initial: LinkModel) -> None:
         """Start from ``initial``; its shape over run sizes is kept, latency and rate are fitted."""
@@ -147,6 +160,8 @@ class LinkEstimator:
         # Coefficients: latency in s, and slowdown against the initial rate (1 = as calibrated).
         self._fit = DecayedFit((initial.latency_s, 1.0))
         self._model = initial
+        # Bytes, run bytes and seconds of the last transfers, by size class.
+        self._last: dict[int, deque[tuple[int, int, float]]] = {}
 
     def observe(self, n_bytes: int, run_bytes: int, seconds: float) -> None:
         """Add one finished transfer.
@@ -162,6 +177,15 @@ class LinkEstimator:
         if n_bytes <= 0:
             msg = f"n_bytes must be > 0, not {n_bytes}"
             raise ValueError(msg)
+        check_seconds(seconds)
+        alike = self._last.setdefault(
+            n_bytes.bit_length() // SIZE_CLASS_BITS, deque(maxlen=TYPICAL_TRANSFERS)
+        )
+        alike.append((n_bytes, run_bytes, seconds))
+        model = self._model
+        ratios = sorted(taken_s / model.seconds(size, run) for size, run, taken_s in alike)
+        typical_s = model.seconds(n_bytes, run_bytes) * ratios[len(ratios) // 2]
+        seconds = min(max(seconds, typical_s / OUTLIER), typical_s * OUTLIER)
         self._fit.observe((1.0, n_bytes / self._initial.bytes_per_s(run_bytes)), seconds)
         latency_s, slowdown = self._fit.coefficients
         slowdown = min(max(slowdown, 1.0 / MAX_RATE_CORRECTION), MAX_RATE_CORRECTION)

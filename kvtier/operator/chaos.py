@@ -101,13 +101,14 @@ class Observer:
 
     def _lmcache(self) -> tuple[str, int]:
         from kvtier.server.files import ServerFiles  # noqa: PLC0415 - see `chaos_faults`
+        from kvtier.server.health import is_healthy  # noqa: PLC0415
         from kvtier.server.state import state_of  # noqa: PLC0415
 
         record = ServerFiles(self._run_dir, SERVER_NAME).read_record()
         if record is None:
             return "none", 0
         state = state_of(record)
-        if state.status == READY and not _answers(state.http_url):
+        if state.status == READY and not is_healthy(record.endpoint.http_port, ANSWER_S):
             return SILENT, state.generation
         return str(state.status), state.generation
 
@@ -118,18 +119,6 @@ class Observer:
             found = self._client.get_status(timeout_s=ANSWER_S)
             return {engine.engine_id: engine.cpu.state for engine in found.engines}
         return None
-
-
-def _answers(http_url: str) -> bool:
-    address = http_url.removeprefix("http://")
-    connection = http.client.HTTPConnection(address, timeout=ANSWER_S)
-    try:
-        connection.request("GET", "/healthcheck")
-        return connection.getresponse().status == http.client.OK
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def is_recovered(fault: Fault, before: Health, now: Health) -> bool:

@@ -33,6 +33,7 @@ POLICY_NAMES: Final = (
     "autellix",
     "thunderagent",
     "kvtier",
+    "kvtier-ends",
     "ideal",
     "oracle",
 )
@@ -164,7 +165,7 @@ def replay(
     \b
     Baselines:   vllm-lru, offload-lru, offload-pfcfs, infercept, continuum, continuum-2s, ttl-const,
                  autellix, thunderagent
-    This one:    kvtier
+    This one:    kvtier, kvtier-ends (told by the clients when a program is over)
     References:  ideal (GPU memory for everything), oracle (kvtier told the true gaps)
 
     \b

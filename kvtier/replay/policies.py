@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from kvtier.replay import oracle, wrong_gaps
+from kvtier.replay import endings, oracle, wrong_gaps
 from kvtier.replay.baselines.autellix import AutellixPolicy
 from kvtier.replay.baselines.continuum import ContinuumPolicy
 from kvtier.replay.baselines.continuum_2s import Continuum2sPolicy
@@ -141,6 +141,12 @@ _SPECS: Final = (
         **_baseline(ThunderAgentPolicy),
     ),
     PolicySpec("kvtier", "this project", **_KVTIER),
+    PolicySpec(
+        "kvtier-ends",
+        "kvtier, and clients that say when a program is over",
+        prepare=endings.tell,
+        **_KVTIER,
+    ),
     PolicySpec("oracle", "kvtier told the true gaps", prepare=oracle.tell, **_KVTIER),
 )
 

@@ -121,6 +121,7 @@ class Simulation:
         link: To CPU memory.
         scheduler: vLLM's.
         tool_of: The tool that kvtier is told a turn calls.
+        ends_with: Whether kvtier is told that a program ends with a turn.
     """
 
     def __init__(
@@ -168,6 +169,7 @@ class Simulation:
         self._outputs: dict[str, list[int]] = {}
         self._records: dict[str, TurnRecord] = {}
         self.tool_of: Callable[[Chain], str | None] = lambda chain: chain.turn.tool
+        self.ends_with: Callable[[Chain], bool] = lambda _: False
         self._next_sample_s = 0.0
         self._result = Replayed(spec.name, [], self.agents.arrived_s, self.agents.ended_s)
         if spec.prepare is not None:
@@ -209,11 +211,14 @@ class Simulation:
     def _submit(self, chain: Chain, at_s: float) -> None:
         request_id, turn = chain.request_id, chain.turn
         prompt = chain.text.prompt(chain.index)
-        params = None
+        hints: dict[str, object] = {}
         tool = self.tool_of(chain)
         if self.half is not None and tool is not None:
             # What the detector would find in the output.
-            params = {"kv_transfer_params": {"kvtier": {"tool": tool}}}
+            hints["tool"] = tool
+        if self.ends_with(chain):
+            hints["end"] = True
+        params = {"kv_transfer_params": {"kvtier": hints}} if hints else None
         request = Request(
             request_id=request_id,
             prompt_token_ids=prompt,

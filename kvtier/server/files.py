@@ -164,14 +164,13 @@ class ServerFiles:
     """The files of one named server in a prepared run directory."""
 
     def __init__(self, run_dir: Path, name: str) -> None:
-        """Name the files; only the lease directory is created here."""
+        """Name the files; none is made here."""
         self.run_dir = run_dir
         self.name = name
         self.record_path = run_dir / f"{name}.json"
         self.log_path = run_dir / f"{name}.log"
         self.guardian_lock_path = run_dir / f"{name}.guardian"
         self.lease_dir = run_dir / "leases" / name
-        self.lease_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @contextlib.contextmanager
     def election(self) -> Iterator[None]:
@@ -252,6 +251,7 @@ class LeaseFile:
 
     def __init__(self, files: ServerFiles, owner: str) -> None:
         """Create and lock a lease file. Call it under the election lock."""
+        files.lease_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = files.lease_dir / f"{os.getpid()}-{uuid.uuid4().hex}.lease"
         # Python opens with O_CLOEXEC: a program that this process starts does not keep the lease.
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import http.client
 import os
 import signal
 import socket
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from kvtier.server.files import ProcessId, ServerFiles, ServerRecord
+from kvtier.server.health import is_healthy
 from kvtier.server.launch import (
     LOOPBACK,
     SHM_DIR,
@@ -139,7 +139,7 @@ class Guardian:
             # Engines that have mapped it go on; but no other one could, and what is stored is lost with them.
             return self._crashed(now_s, "has lost its shared memory, which somebody has removed")
         if self._record.phase == "starting":
-            if _healthy(self._record.endpoint.http_port):
+            if is_healthy(self._record.endpoint.http_port):
                 return self._became_ready(now_s)
             if now_s - self._started_s > self._spec.start_timeout_s:
                 return self._crashed(now_s, f"not healthy after {self._spec.start_timeout_s:g} s")
@@ -294,18 +294,6 @@ def _become_server(guardian_pid: int, nodes: set[int]) -> None:
         os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
     place_memory(nodes, _libc)
-
-
-def _healthy(http_port: int) -> bool:
-    """Whether GET /healthcheck answers 200. http.client, because it ignores proxy variables."""
-    connection = http.client.HTTPConnection(LOOPBACK, http_port, timeout=1.0)
-    try:
-        connection.request("GET", "/healthcheck")
-        return connection.getresponse().status == http.client.OK
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def _new_endpoint(files: ServerFiles) -> Endpoint:

@@ -20,9 +20,9 @@ is committed; when an engine is gone its locks and reservations are gone too.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvtier.server.claims import Lock, Reservation
 from kvtier.server.eviction_order import EvictionOrder, StoredProgram
 from kvtier.server.l1_store import ChunkId, L1Store
 from kvtier.wire import split_keys
@@ -31,28 +31,6 @@ if TYPE_CHECKING:
     from kvtier.backend import Activity
 
 EVICTION_STEPS = 8
-
-
-@dataclass(slots=True)
-class _Reservation:
-    namespace: str
-    program: str
-    keys: list[bytes]
-    end: int
-    chunks: list[ChunkId]
-    tag: str
-    ranks: int
-    slot_bytes: int
-    value_s: float
-    lease_s: float
-
-
-@dataclass(slots=True)
-class _Lock:
-    namespace: str
-    keys: list[bytes]
-    start: int
-    ranks: int
 
 
 class ResidencyTable:
@@ -66,9 +44,9 @@ class ResidencyTable:
         self._sizes: dict[tuple[str, bytes], tuple[int, int]] = {}
         # Chunks that no program references any more, oldest first: evicted before anything else.
         self._orphans: OrderedDict[tuple[str, bytes], None] = OrderedDict()
-        self._locks: dict[tuple[str, int], _Lock] = {}
+        self._locks: dict[tuple[str, int], Lock] = {}
         self._locked: dict[tuple[str, bytes], int] = {}
-        self._reservations: dict[tuple[str, int], _Reservation] = {}
+        self._reservations: dict[tuple[str, int], Reservation] = {}
         # Orphans that are not what was stored and are being read: nobody finds them any more.
         self._doomed: set[tuple[str, bytes]] = set()
         self._order = EvictionOrder(self._programs)
@@ -110,7 +88,7 @@ class ResidencyTable:
             record.used_s = now_s
             self._order.place((namespace, program), now_s)
         if hit:
-            self._locks[owner, lookup_id] = _Lock(namespace, chain[:hit], 0, ranks)
+            self._locks[owner, lookup_id] = Lock(namespace, chain[:hit], 0, ranks)
         return hit, slots
 
     def trim(self, owner: str, lookup_id: int, keep_from: int, keep_to: int) -> None:
@@ -164,7 +142,7 @@ class ResidencyTable:
             if not self._evict(step_bytes, density, protect, now_s):
                 return None
             offsets = self._store.allocate(wanted, slot_bytes, tag)
-        self._reservations[owner, reserve_id] = _Reservation(
+        self._reservations[owner, reserve_id] = Reservation(
             namespace, program, chain, end, list(offsets), tag, ranks, slot_bytes, value_s, lease_s
         )
         return [
@@ -265,7 +243,7 @@ class ResidencyTable:
 
     # -- internals ---------------------------------------------------------------------------------
 
-    def _unlock(self, lock: _Lock, keys: list[bytes]) -> None:
+    def _unlock(self, lock: Lock, keys: list[bytes]) -> None:
         for key in keys:
             self._count_lock((lock.namespace, key), -1)
         self._store.unlock(
@@ -283,7 +261,7 @@ class ResidencyTable:
         else:
             self._locked.pop(chunk, None)
 
-    def _set_chain(self, res: _Reservation, keys: list[bytes], now_s: float) -> None:
+    def _set_chain(self, res: Reservation, keys: list[bytes], now_s: float) -> None:
         record = self._programs.setdefault((res.namespace, res.program), StoredProgram())
         old = record.keys
         common = 0

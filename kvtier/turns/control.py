@@ -25,7 +25,7 @@ class ControlLink(Protocol):
     def answer(self, answer: Answer) -> None:
         """Tell what became of a command."""
 
-    def report(self, now_s: float, *, idle: bool) -> None:
+    def report(self, now_s: float, *, idle: bool, settled: bool = True) -> None:
         """Send what has happened, if it is time."""
 
     def busy(self) -> bool:
@@ -67,6 +67,6 @@ class Control:
                 )
             )
 
-    def report(self, now_s: float, *, idle: bool) -> None:
+    def report(self, now_s: float, *, idle: bool, settled: bool = True) -> None:
         """Tell what has happened, at once where nothing will run for a while."""
-        self._link.report(now_s, idle=idle)
+        self._link.report(now_s, idle=idle, settled=settled)

@@ -28,6 +28,8 @@ class EngineFacts:
         n_layers: Attention layers.
         attention_width: Query heads times head size.
         on_cpu: KV cache in host memory: copies compete with compute for cores.
+        batch_requests: Most requests that run at a time; 0: unknown.
+        step_tokens: Most tokens of a step; 0: unknown.
         trailer_bytes: Taken behind each chunk in its slot, for its checksum.
     """
 
@@ -43,6 +45,8 @@ class EngineFacts:
     attention_width: int
     on_cpu: bool
     trailer_bytes: int = 0
+    batch_requests: int = 0
+    step_tokens: int = 0
 
     @property
     def chunk_blocks(self) -> int:

@@ -50,7 +50,8 @@ class Housekeeping:
         """Do what is due; `urgent`: the engine was woken, as there are commands."""
         self._answers.poll(now_s)
         # Before commands, which would lengthen what is over: an idle engine ends no pin in time.
-        self._endings.note(*self._pins.expire(now_s))
+        if expired := self._pins.expire(now_s):
+            self._endings.note(*expired)
         if self._control is not None:
             self._control.run(now_s, urgent=urgent)
         mode = self._mode.refresh(now_s)

@@ -163,12 +163,12 @@ class Returns:
         """End the pins that this request continues; returns how many prompt tokens came from them."""
         taken = 0
         pins = self._pins.of_program(turn.program)
-        mine = as_block_ids(block_ids() if pins else ())
+        mine = block_ids() if pins else ()
         for pin in pins:
             data = pin.data
             if not isinstance(data, PinnedTurn) or not _continues(data, pin.block_ids, mine):
                 continue
-            n_common = common_prefix(pin.block_ids, mine)
+            n_common = _shared(pin.block_ids, mine)
             n_output = len(pin.block_ids) - data.prompt_blocks
             if n_output > 0:
                 reused = max(0, n_common - data.prompt_blocks)
@@ -214,7 +214,19 @@ class Returns:
         self._chains.pop(program, None)
 
 
-def _continues(pinned: PinnedTurn, pin_blocks: BlockIds, blocks: BlockIds) -> bool:
+def _shared(pin_blocks: BlockIds, blocks: Sequence[int]) -> int:
+    """How many of a pin's blocks the request that continues it uses: all, where it uses the last one.
+
+    A text's blocks are found one behind the other. Others may keep the same text's beginning, too, and vLLM may then
+    have found theirs; which of them is used there matters to nobody.
+    """
+    n_blocks = len(pin_blocks)
+    if n_blocks <= len(blocks) and pin_blocks[-1] == blocks[n_blocks - 1]:
+        return n_blocks
+    return common_prefix(pin_blocks, as_block_ids(blocks[:n_blocks]))
+
+
+def _continues(pinned: PinnedTurn, pin_blocks: BlockIds, blocks: Sequence[int]) -> bool:
     """Whether a request holds the pinned turn's whole prompt.
 
     A sub-agent that shares no more than a system prompt does not.

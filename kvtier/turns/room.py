@@ -45,7 +45,8 @@ class Room:
         self._stager = stager
         self._note = note
         self._futile: dict[str, _Futile] = {}
-        self._short: set[str] = set()
+        # Whose last allocation has failed, and the free blocks that it wanted at least.
+        self._short: dict[str, int] = {}
         self._returns = 0
 
     @property
@@ -86,7 +87,7 @@ class Room:
         running = request.status.name == "RUNNING"
         result = None
         if not running:
-            self._short.add(request.request_id)
+            self._short[request.request_id] = need_blocks()
             ended_staging = self._end_stalled_staging(need_blocks(), now_s)
             if ended_staging and self._pool.n_free >= need_blocks():
                 result = retry()
@@ -111,9 +112,7 @@ class Room:
             free_blocks = self._pool.n_free
             for released in reversed(ended):
                 self._pins.repin(released.pin)
-            self._futile[request.request_id] = _Futile(
-                free_blocks, self._most_blocks(), self._returns
-            )
+            self._futile[request.request_id] = _Futile(free_blocks, self.most_blocks, self._returns)
             return None
         self._note(*ended)
         return result
@@ -131,16 +130,31 @@ class Room:
         yield from held
         yield from sorted(own, key=self._pins.is_all_held)
 
+    def lacks(self, request_id: str, need_blocks: int) -> bool:
+        """Whether a waiting request's allocation has failed, and would again whatever pins yield.
+
+        Args:
+            request_id: The request.
+            need_blocks: Blocks that it needs beyond those in the prefix cache. vLLM may count more: cached
+                ones that are free as well.
+        """
+        wanted = self._short.get(request_id)
+        if wanted is None:
+            return False
+        return self._is_futile(request_id, max(need_blocks, wanted))
+
     def given_back(self) -> None:
         """A request has returned its blocks: what pins share with it may have become theirs alone."""
         self._returns += 1
 
     def forget(self, request_id: str) -> None:
         """The request has its blocks, or is over."""
-        self._short.discard(request_id)
+        self._short.pop(request_id, None)
         self._futile.pop(request_id, None)
 
-    def _most_blocks(self) -> int:
+    @property
+    def most_blocks(self) -> int:
+        """The most blocks that there are for a request, if all pins end."""
         return self._pool.n_free + self._pins.loose_blocks
 
     def _is_futile(self, request_id: str, need_blocks: int) -> bool:
@@ -148,7 +162,7 @@ class Room:
 
         Answers without a walk over blocks wherever it can: a waiting request is tried in every step.
         """
-        most_blocks = self._most_blocks()
+        most_blocks = self.most_blocks
         if most_blocks < need_blocks:
             return True
         failed = self._futile.get(request_id)
@@ -158,14 +172,18 @@ class Room:
             return most_blocks <= max(failed.free_blocks, failed.most_blocks)
         # Who has given something back may have been the one that vLLM kept blocks for: then as many as were
         # not enough before are enough now. `most_blocks` also counts what running requests share with pins.
-        failed.most_blocks, failed.returns = most_blocks, self._returns
         least = need_blocks or failed.free_blocks + 1
-        return self._pool.n_free + self._pins.reclaimable_blocks() < least
+        if self._pool.n_free + self._pins.reclaimable_blocks() >= least:
+            # Whoever asks next, and then tries: it is not futile.
+            del self._futile[request_id]
+            return False
+        failed.most_blocks, failed.returns = most_blocks, self._returns
+        return True
 
     def _end_stalled_staging(self, need_blocks: int, now_s: float) -> bool:
         """Where staging holds what the request lacks, and stands still, give that back; whether any was."""
         given = False
-        while self._most_blocks() < need_blocks <= self._pool.n_free + self._pins.kept_blocks:
+        while self.most_blocks < need_blocks <= self._pool.n_free + self._pins.kept_blocks:
             if not self._stager.cancel_one_stalled(now_s):
                 break
             given = True

@@ -78,7 +78,8 @@ class Served:
         ).raise_for_status()
         body = answer.json()
         context += body["choices"][0]["token_ids"]
-        told: dict[str, Any] = body["kv_transfer_params"]["kvtier"]
+        # Nothing is said of a program that has ended.
+        told: dict[str, Any] = (body["kv_transfer_params"] or {}).get("kvtier", {})
         return told
 
     def program(self, name: str) -> Program:

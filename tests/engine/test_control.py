@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 from kvtier.client import NotFound, TtlScope
+from kvtier.server.files import SERVER_NAME, ServerFiles
 from tests.engine.engine_harness import BLOCK_TOKENS
 from tests.engine.served import N_BLOCKS, Served, serving
 from tests.unit.control.otlp_collector import Collector
@@ -190,3 +192,28 @@ def test_strangers_tools_work(served: Served) -> None:
         found = call_every_unary_method(channel)
     assert len(found) == UNARY_METHODS
     assert found == {method: expected_of(method) for method in found}
+
+
+def test_an_idle_engine_without_its_tier_is_seen_and_gets_it_back_without_a_request(
+    served: Served, run_dir: Path
+) -> None:
+    """The last test of the module: what was in the CPU tier is gone."""
+    served.turn("idle")
+    (engine,) = served.client.get_status().engines
+    assert engine.cpu.state == "ready"
+    record = ServerFiles(run_dir, SERVER_NAME).read_record()
+    assert record is not None
+    assert record.server is not None
+    with grpc.insecure_channel(served.socket) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service="kvtier.v1.ProgramService"), timeout=120
+        )
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        os.kill(record.server.pid, signal.SIGKILL)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        (engine,) = served.client.get_status().engines
+        assert engine.cpu.state != "ready"
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        watch.cancel()
+    (engine,) = served.client.get_status().engines
+    assert engine.cpu.state == "ready"

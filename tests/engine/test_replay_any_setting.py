@@ -74,6 +74,8 @@ def configuration(number: int) -> tuple[str, dict[str, Any], Machine, list[Progr
     chosen = {
         key: chance.choice(values) for key, values in SETTINGS.items() if chance.random() < 0.5
     }
+    # Of chance of its own: the other settings are those of the configuration's number whatever is added here.
+    chosen["backfill_turns"] = random.Random(f"backfill {number}").choice((0.0, 1.0, 1e9))
     if chosen.get("ttl_policy") == "fixed":
         # A fixed TTL above the limit is refused.
         chosen.setdefault("ttl_fixed_s", 1.0)

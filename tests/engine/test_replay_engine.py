@@ -42,7 +42,7 @@ NAMES = (
     "autellix",
     "thunderagent",
 )
-ALL = (*NAMES, "kvtier", "oracle")
+ALL = (*NAMES, "kvtier", "kvtier-ends", "oracle")
 BLOCK_TOKENS = 16
 # 4 KiB of KV a token, and a slow GPU, so that small contexts take their time.
 MODEL = ModelSpec("small", 1e9, 1e9, 4, 8, 4, 64, 512)
@@ -172,6 +172,21 @@ def test_wrong_predictions_are_what_kvtier_decides_by(mode: str, least: float, m
     assert set(half.policy.ttl._gaps._tools) == {"a", "b"}
     with pytest.raises(ValueError, match="accepted: shuffled"):
         policy("kvtier:backwards")
+
+
+@pytest.mark.parametrize(("name", "known_at_the_end"), [("kvtier", 6), ("kvtier-ends", 0)])
+def test_clients_of_kvtier_ends_say_when_their_programs_are_over(
+    name: str, known_at_the_end: int
+) -> None:
+    known: list[int] = []
+    sim = Simulation(
+        policy(name),
+        machine(),
+        programs(children=True),
+        progress=lambda _: known.append(len(sim.half.programs)),
+    )
+    sim.run()
+    assert known[-1] == known_at_the_end
 
 
 def test_programs_that_have_ended_leave_nothing_but_their_figures() -> None:

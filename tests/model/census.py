@@ -23,10 +23,11 @@ _MAPPINGS: Final = (dict, OrderedDict, Counter)
 _SEQUENCES: Final = (list, tuple, set, frozenset, deque)
 
 
-def census(root: Any, package: str = "kvtier") -> Counter[str]:
+def census(root: Any, package: str = "kvtier", *, counts_bytes: bool = True) -> Counter[str]:
     """Count the entries of every container that `root` leads to, through objects of `package` alone.
 
-    A container's path names attributes from the root; what is within a container adds `[]`.
+    A container's path names attributes from the root; what is within a container adds `[]`. An array of bytes has as
+    many entries as bytes, where they are to count.
     """
     found: Counter[str] = Counter()
     seen: set[int] = set()
@@ -43,7 +44,7 @@ def census(root: Any, package: str = "kvtier") -> Counter[str]:
             found[path] += len(item)
             left += ((f"{path}[]", part) for part in item)
         elif isinstance(item, bytearray):
-            found[path] += len(item)
+            found[path] += len(item) if counts_bytes else 0
         elif type(item).__module__.startswith(package):
             left += ((f"{path}.{name}", value) for name, value in _attributes(item))
     return +found

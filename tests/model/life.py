@@ -60,7 +60,7 @@ class Life(Walk):
     def __init__(
         self, seed: int, watch: Callable[[], None] = lambda: None, plan: Plan | None = None
     ) -> None:
-        chance = random.Random(seed)
+        chance = self.make_chance(seed)
         self.plan: Plan = plan or draw(chance)
         self.tier = UnreliableTier(self.plan.n_slots, chance) if self.plan.n_slots else None
         tier: TierBackend = self.tier if self.tier is not None else NoTier()
@@ -86,11 +86,17 @@ class Life(Walk):
         self.transitions = 0
         self.happened: Counter[str] = Counter()
         self.is_calm = True
+        # How often each session has begun anew.
+        self._conversations: Counter[str] = Counter()
         self._shared = prompt_of(chance, SHARED_TOKENS)
         self._n_commands = 0
         self._late_commands: list[Any] = []
         names, weights = zip(*sorted(self.plan.actions.items()), strict=True)
         self._names, self._weights = list(names), list(weights)
+
+    def make_chance(self, seed: int) -> random.Random:
+        """All chance of this life."""
+        return random.Random(seed)
 
     def _now(self) -> float:
         return self.engine.clock()
@@ -210,6 +216,7 @@ class Life(Walk):
         if len(prompt) + n_output > self.plan.max_tokens:
             if session:
                 self.history[session] = []
+                self._conversations[session] += 1
             prompt = prompt[: self.plan.max_tokens - 1]
             n_output = min(n_output, self.plan.max_tokens - len(prompt))
         self._n_requests += 1
@@ -220,7 +227,7 @@ class Life(Walk):
             return
         self.drive.kv.forget(request_id)
         self.drive.output.pop(request_id, None)
-        named = session if self.random.random() < 0.7 else None
+        named = self._name_of(session) if self.random.random() < 0.7 else None
         request = self.engine.request(
             request_id,
             prompt,
@@ -233,6 +240,10 @@ class Life(Walk):
         )
         self.open[request_id] = (session, request)
         self.engine.scheduler.add_request(request)
+
+    def _name_of(self, session: str) -> str:
+        """What a session's requests say whose they are."""
+        return session
 
     def _hints(self) -> dict[str, Any] | None:
         roll = self.random.random()

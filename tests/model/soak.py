@@ -5,23 +5,28 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import random
+import sys
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any, Final
 
 import psutil
 
+from kvtier.link_messages import PolicyCommand
 from tests.engine.engine_spec import EngineSpec
 from tests.model.census import census
-from tests.model.invariants import Broken, Failures, left_over
+from tests.model.invariants import Broken, Failures, left_over, more_than_windows
 from tests.model.life import Life
 from tests.model.plan import Plan
 
-PERIOD_S: Final = 360.0
-STEP_S: Final = 0.2
+PERIOD_S: Final = 180.0
+STEP_S: Final = 0.1
 CHECK_S: Final = 10.0
-AWAY_S: Final = 20.0
+ADMISSION: Final = "working_set"
+AWAY_S: Final = 10.0
 OPEN: Final = 12
+PACK: Final = 4
 MOST_CALM_STEPS: Final = 5000
 STEPS_IN_FLIGHT: Final = 4
 # Copies and answers take so many steps and polls at most, and so many fail.
@@ -41,24 +46,51 @@ EVENTS: Final = {
 """What happens in a period besides, and how often."""
 
 
+class Dealt(random.Random):
+    """Chance that deals what it chooses from shuffled packs of cards: each period has nearly the same work to offer."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self._packs: dict[tuple[Any, ...], list[Any]] = {}
+
+    def choice(self, seq: Any) -> Any:
+        """As `random.Random`; of a tuple each one comes as often as any other."""
+        if not isinstance(seq, tuple):
+            return super().choice(seq)
+        # 1 and 1.0 are equal, and not the same card.
+        pack = self._packs.setdefault((*map(type, seq), *seq), [])
+        if not pack:
+            pack.extend(seq * PACK)
+            self.shuffle(pack)
+        return pack.pop()
+
+
 @dataclass(frozen=True)
 class Period:
     """What a period has shown.
 
     Attributes:
         turns: Requests that have ended.
-        tokens: That they have sampled.
+        prompts: Tokens of their prompts.
+        asked: Output tokens that they might have had.
+        tokens: Sampled by all requests.
         preemptions: Of running requests.
         rss_bytes: Memory of the process at its end.
         objects: Of Python's, that its collector follows.
-        remembered: Entries of all containers that kvtier's scheduler half leads to.
+        allocated: Blocks that Python's allocator has given out: memory in use, however fragmented the rest is.
+        programs: That kvtier knows.
+        remembered: Entries of all containers that kvtier's scheduler half leads to, hashes of blocks not counted.
     """
 
     turns: int
+    prompts: int
+    asked: int
     tokens: int
     preemptions: int
     rss_bytes: int
     objects: int
+    allocated: int
+    programs: int
     remembered: int
 
 
@@ -73,9 +105,10 @@ class Soak(Life):
     """
 
     def __init__(self, seed: int) -> None:
-        settings = {"kvtier.chunk_tokens": 32, "kvtier.forget_after_s": 1200.0}
+        settings: dict[str, Any] = {"kvtier.chunk_tokens": 32, "kvtier.forget_after_s": 1200.0}
         settings |= {"kvtier.max_ttl_s": 600.0, "kvtier.pin_budget_fraction": 0.5}
         settings |= {"kvtier.mode": "on", "kvtier.lookup_wait_s": 0.0}
+        settings["kvtier.admission"] = ADMISSION
         spec = EngineSpec(
             is_async=True, blocks=240, settings=settings, max_batch=8, max_context=4096
         )
@@ -93,19 +126,24 @@ class Soak(Life):
         # Neither is a list of all that ever was.
         assert self.tier is not None
         self.tier.remembers = False
-        self._turns = self._tokens = 0
+        self._turns = self._prompts = self._asked = self._tokens = 0
         self._n_away = 0
         self.census: Counter[str] = Counter()
+        self._at_start = census(self.half)
         self._failures = Failures()
         logging.getLogger("kvtier").addHandler(self._failures)
         self._ended: deque[tuple[int, str]] = deque()
 
+    def make_chance(self, seed: int) -> random.Random:
+        """See `Life`."""
+        return Dealt(seed)
+
     # -- periods -----------------------------------------------------------------------------------
 
     def period(self) -> Period:
-        """Six minutes."""
+        """Three minutes."""
         assert self.tier is not None
-        turns, tokens, preemptions = self._turns, self._tokens, self.drive.preemptions
+        before = self._work()
         began_s = next_check_s = self.engine.clock()
         events = self._events(began_s)
         self._set_calm(calm=False)
@@ -121,12 +159,8 @@ class Soak(Life):
                 next_check_s += CHECK_S
                 self._check()
         self.drive.kv.forget_slots(self.tier.region.generation)
-        return Period(
-            self._turns - turns,
-            self._tokens - tokens,
-            self.drive.preemptions - preemptions,
-            *self._memory(),
-        )
+        work = (now - then for now, then in zip(self._work(), before, strict=True))
+        return Period(*work, *self._memory())
 
     def _events(self, began_s: float) -> list[tuple[float, str, Any]]:
         """What happens when in a period, the last first: the same in each, at other times."""
@@ -157,9 +191,23 @@ class Soak(Life):
         else:
             self._happens(name)
 
+    def _settings_return(self) -> None:
+        """Order and budgets, too: a period with another admission is not like the others."""
+        super()._settings_return()
+        self._n_commands += 1
+        self.wire.command(
+            PolicyCommand(id=self._n_commands, admission=ADMISSION, tenant_budgets=[])
+        )
+
+    def _name_of(self, session: str) -> str:
+        """A session that begins anew is another program: programs that live for hours fill windows for hours."""
+        return f"{session}.{self._conversations[session]}" if session else ""
+
     def over(self, request: Any) -> None:
         """See `Life`."""
         self._turns += 1
+        self._prompts += request.num_prompt_tokens
+        self._asked += request.max_tokens
         self._tokens += request.num_output_tokens
         self._ended.append((self.drive.steps + STEPS_IN_FLIGHT, request.request_id))
 
@@ -176,11 +224,19 @@ class Soak(Life):
         assert self.engine.connector.scheduler_half is not None, "kvtier has given up"
         self.engine.check()
 
-    def _memory(self) -> tuple[int, int, int]:
+    def _work(self) -> tuple[int, int, int, int, int]:
+        """What has been done so far."""
+        under_way = sum(request.num_output_tokens for _, request in self.open.values())
+        tokens = self._tokens + under_way
+        return self._turns, self._prompts, self._asked, tokens, self.drive.preemptions
+
+    def _memory(self) -> tuple[int, int, int, int, int]:
         gc.collect()
-        self.census = census(self.half)
+        allocated, objects = sys.getallocatedblocks(), len(gc.get_objects())
+        self.census = census(self.half, counts_bytes=False)
         rss_bytes = psutil.Process().memory_info().rss
-        return rss_bytes, len(gc.get_objects()), sum(self.census.values())
+        remembered = sum(self.census.values())
+        return rss_bytes, objects, allocated, len(self.half.programs), remembered
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -194,6 +250,9 @@ class Soak(Life):
             self.calm(MOST_CALM_STEPS)
         left["programs"] = len(self.half.programs)
         left["references"] = len(self.engine.references())
+        # Each command that was read has one answer, and no more.
+        left["answers"] = self.wire.due.total()
+        left |= more_than_windows(self._at_start, census(self.half))
         self.engine.connector.shutdown()
         left["blocks"] = self.engine.spec.blocks - self.engine.free_blocks
         return {name: n for name, n in left.items() if n}

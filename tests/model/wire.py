@@ -57,9 +57,16 @@ class Wire:
             assert isinstance(answer, messages.Answer)
             assert self.due[answer.id] > 0, f"command {answer.id} has more answers than it may"
             self.due[answer.id] -= 1
+            if not self.due[answer.id]:
+                del self.due[answer.id]
             self.outcomes[f"{answer.outcome}:{answer.reason}"] += 1
         if not self.is_up:
             raise zmq.Again
+
+    def get(self, option: int) -> int:
+        """As a ZeroMQ socket."""
+        assert option == zmq.EVENTS
+        return self.poll(0, zmq.POLLIN | zmq.POLLOUT)
 
     def poll(self, _: int, flags: int = zmq.POLLIN) -> int:
         """As a ZeroMQ socket."""

@@ -46,8 +46,11 @@ class UnreliableWorker(CopyWorker):
 
     def collect(self) -> KVConnectorOutput:
         output = super().collect()
+        results = output.kv_connector_worker_meta.results
+        for result in results:
+            # One that has failed was never copied.
+            self._read.pop(result.order_id, None)
         if self.repeat_share and not self.is_calm:
-            results = output.kv_connector_worker_meta.results
             results += [r for r in results if self._chance.random() < self.repeat_share]
         return output
 
@@ -63,7 +66,7 @@ class UnreliableWorker(CopyWorker):
         self._symbolic.spoil(order)
 
     def _copy(self, order: Any) -> bool:
-        early = self._read.pop(order.order_id, None)
+        early = self._read.get(order.order_id)
         if self._clock() >= order.deadline_s:
             return False
         if early is not None:

@@ -35,7 +35,7 @@ class ScriptedLink(Happenings):
     def answer(self, answer: messages.Answer) -> None:
         self.answers.append(answer)
 
-    def report(self, now_s: float, *, idle: bool) -> None:
+    def report(self, now_s: float, *, idle: bool, settled: bool = True) -> None:
         pass
 
     def busy(self) -> bool:

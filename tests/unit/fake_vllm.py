@@ -35,6 +35,8 @@ def engine_facts(*, ranks: int = 1, pin_budget_fraction: float = 1.0) -> EngineF
         n_layers=10,
         attention_width=1000,
         on_cpu=False,
+        batch_requests=64,
+        step_tokens=1000,
     )
 
 

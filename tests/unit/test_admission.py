@@ -14,7 +14,7 @@ from kvtier.admission import AdmissionController
 from kvtier.admission_facts import AdmissionConfig, AdmissionDecision, AdmissionView
 from kvtier.identity.program_arrivals import ProgramArrivals, rank_s
 from kvtier.working_set import WorkingSet
-from tests.unit.waiting_loop import Loop, random_config, run_randomly
+from tests.unit.waiting_loop import Loop, Request, random_config, run_randomly
 
 FCFS = AdmissionConfig(mode="program_fcfs")
 VIEW = AdmissionView(now_s=100.0, free_blocks=100, total_blocks=100, running_requests=1)
@@ -84,6 +84,81 @@ def test_older_programs_come_first() -> None:
     assert reason(admission, "young") == "first_in_order"
     assert reason(admission, "never heard of") == "not_waiting"
     assert reason(admission, "old") == "not_waiting"
+
+
+ROOMY = replace(VIEW, total_blocks=1000, free_blocks=1000, open_places=8, step_blocks=100)
+
+
+def test_returning_turns_that_could_all_start_at_once_wait_for_nobody() -> None:
+    admission = controller(view=ROOMY)
+    for number in (3, 1, 2, 0):
+        arrive(admission, f"r{number}", f"P{number}", float(number))
+    for number in (3, 1, 2, 0):
+        assert reason(admission, f"r{number}") == "first_in_order"
+        admission.on_started(f"r{number}")
+
+
+@pytest.mark.parametrize(
+    "scarce",
+    [
+        {"open_places": 2},
+        {"step_blocks": 25},
+        {"free_blocks": 40, "pinned_blocks": 30},
+        {"free_blocks": 0, "pinned_blocks": 70},
+    ],
+)
+def test_of_those_for_whom_there_is_no_room_together_the_first_in_order_start(
+    scarce: dict[str, int],
+) -> None:
+    admission = controller(view=replace(ROOMY, **scarce))
+    for number in (3, 1, 2, 0):
+        arrive(admission, f"r{number}", f"P{number}", float(number))
+    told = {number: reason(admission, f"r{number}") for number in (3, 1, 2, 0)}
+    assert told == {
+        0: "first_in_order",
+        1: "first_in_order",
+        2: "older_waiting",
+        3: "older_waiting",
+    }
+
+
+def test_who_lacks_room_all_the_same_does_not_shut_out_an_older_one_that_fits() -> None:
+    """Pinned blocks that running requests share cannot be had, though the view counts them; vLLM stops at whom it tries."""
+    view = replace(ROOMY, free_blocks=100, pinned_blocks=600, step_blocks=1000)
+    admission = controller(view=view)
+    arrive(admission, "young", "B", 2.0, blocks=200)
+    arrive(admission, "old", "A", 1.0, blocks=50)
+    assert admission.decide("young", 200, 100.0).admit
+    admission.begin_step(replace(view, now_s=100.1))
+    verdict = admission.decide("young", 200, 100.1, lacks_room=True)
+    assert (verdict.admit, verdict.reason) == (False, "older_waiting")
+    assert admission.decide("old", 50, 100.1).admit
+
+
+@pytest.mark.parametrize(("needed", "told"), [(2, "first_in_order"), (3, "older_waiting")])
+def test_what_was_found_in_the_prefix_cache_need_not_be_computed(needed: int, told: str) -> None:
+    admission = controller(view=replace(ROOMY, step_blocks=12))
+    arrive(admission, "young", "B", 90.0)
+    arrive(admission, "old", "A", 50.0)
+    assert admission.decide("young", needed, 100.0).reason == told
+
+
+def test_new_programs_wait_in_line_however_much_room_there_is() -> None:
+    admission = controller(replace(FCFS, mode="working_set"), ROOMY)
+    arrive(admission, "young", "B", 90.0, returning=False)
+    arrive(admission, "old", "A", 50.0, returning=False)
+    assert reason(admission, "young") == "older_waiting"
+    assert reason(admission, "old") == "first_in_order"
+
+
+def test_a_new_program_that_comes_first_has_its_room_kept() -> None:
+    admission = controller(replace(FCFS, mode="working_set"), ROOMY)
+    arrive(admission, "new", "A", 50.0, returning=False, blocks=100)
+    arrive(admission, "returning", "B", 90.0)
+    assert reason(admission, "returning") == "older_waiting"
+    assert reason(admission, "new") == "first_in_order"
+    admission.on_started("new")
+    assert reason(admission, "returning") == "first_in_order"
 
 
 def test_who_left_holds_nobody_back() -> None:
@@ -384,6 +459,8 @@ def test_ended_programs_do_not_count() -> None:
 def test_settings_that_could_wait_for_ever_are_refused() -> None:
     for changed in (
         {"max_defer_s": float("inf")},
+        {"backfill_turns": -1.0},
+        {"backfill_turns": float("inf")},
         {"aging_s": float("nan")},
         {"blocked_after_s": -1.0},
         {"stale_scans": 0},
@@ -400,7 +477,7 @@ def test_heaps_stay_in_proportion_to_the_waiting_requests() -> None:
         arrive(admission, f"r{i}", f"p{i}", 1.0 + i / 1e6)
         admission.on_started(f"r{i}")
         end(admission, f"r{i}")
-    assert sum(map(len, admission._heaps)) < 200
+    assert sum(map(len, admission._lines._heaps)) < 200
     assert not admission._started
     admission.begin_step(replace(VIEW, now_s=1e6))
     assert len(admission._working_set) == 1, "the first one still waits"
@@ -502,6 +579,113 @@ def test_nobody_is_deferred_beyond_the_limit(seed: int) -> None:
         for request_id in [f"r{i}" for i in range(step + 1)]:
             if not admission.decide(request_id, 10, now_s).admit:
                 assert now_s - first_no.setdefault(request_id, now_s) < 7.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32))
+def test_others_pass_one_that_does_not_fit_for_a_bounded_time(seed: int) -> None:
+    """From then on memory is left for it: a stream of small turns without end does not starve it."""
+    rng = random.Random(seed)
+    turns = rng.choice([0.0, 0.5, 1.0, 4.0])
+    config = AdmissionConfig(
+        aging_s=rng.choice([0.0, 600.0]), blocked_after_s=5.0, backfill_turns=turns
+    )
+    admission: AdmissionController[str] = AdmissionController(config)
+    loop = Loop(admission, max_running=100)
+    longest_turn_s, first_failed_s, limit_s = 20 * loop.step_s, None, 0.0
+    names = iter(range(10**6))
+
+    def send(program: str, program_arrival_s: float, blocks: int, steps: int) -> None:
+        name = f"r{next(names)}"
+        loop.queue.append(Request(name, program, blocks, steps, loop.now_s))
+        arrive(admission, name, program, program_arrival_s, now_s=loop.now_s, blocks=blocks)
+
+    for step in range(300):
+        if step == 50:
+            send("big", 0.0, rng.randint(30, 100), 1)
+            big = loop.queue.pop()
+            loop.queue.insert(0, big)
+        while len(loop.queue) < 8:
+            send(f"s{step}", 1.0 + step, rng.randint(1, 30), rng.randint(1, 20))
+        queued = list(loop.queue)
+        loop.step()
+        if step >= 50:
+            limit_s = max(limit_s, turns * admission._forecast.turn_s)
+            if first_failed_s is None and big.request_id in loop.failed:
+                first_failed_s = loop.now_s
+            if big not in loop.queue:
+                break
+            passed = [r for r in queued[queued.index(big) :] if r not in loop.queue]
+            if first_failed_s is not None and loop.now_s > first_failed_s + limit_s + loop.step_s:
+                assert not passed
+    assert big not in loop.queue
+    waited_s = 0.0 if first_failed_s is None else loop.now_s - first_failed_s
+    assert waited_s <= limit_s + longest_turn_s + 3 * loop.step_s
+
+
+def test_a_request_that_has_aged_lets_nobody_pass() -> None:
+    admission = controller(AdmissionConfig(aging_s=4.0, backfill_turns=1.0))
+    admission._forecast._turn_s.add(10.0)
+    arrive(admission, "big", "A", 0.0, blocks=90)
+    assert admission.decide("big", 90, 101.0, lacks_room=True).reason == "lets_pass"
+    assert admission.decide("big", 90, 104.0, lacks_room=True).admit
+
+
+def test_a_new_program_may_pass_one_that_does_not_fit() -> None:
+    admission = controller(AdmissionConfig(backfill_turns=1.0), replace(VIEW, total_blocks=1000))
+    admission._forecast._turn_s.add(10.0)
+    arrive(admission, "big", "A", 0.0, blocks=150)
+    arrive(admission, "new", "N", 99.0, blocks=5, returning=False)
+    assert reason(admission, "big") == "first_in_order"
+    assert reason(admission, "new") == "older_waiting"
+    assert admission.decide("big", 150, 101.0, lacks_room=True).reason == "lets_pass"
+    assert reason(admission, "new", 101.0) == "first_in_order"
+
+
+def test_new_programs_pass_one_that_the_working_set_has_no_room_for_but_not_for_long() -> None:
+    admission = controller(AdmissionConfig(backfill_turns=1.0))
+    admission._forecast._turn_s.add(10.0)
+    arrive(admission, "runs", "R", 0.0, blocks=80)
+    admission.on_started("runs")
+    arrive(admission, "big", "B", 90.0, blocks=50, returning=False)
+    arrive(admission, "small", "S", 99.0, blocks=5, returning=False)
+    assert reason(admission, "small") == "older_waiting"
+    assert reason(admission, "big") == "working_set_full"
+    assert reason(admission, "small") == "first_in_order"
+    admission.on_started("small")
+    arrive(admission, "late", "L", 109.0, blocks=5, returning=False, now_s=109.0)
+    admission.begin_step(replace(VIEW, now_s=110.0))
+    assert admission.decide("big", 50, 110.0) == AdmissionDecision(
+        admit=False, reason="working_set_full"
+    )
+    assert reason(admission, "late", 110.0) == "older_waiting"
+
+
+def test_nobody_is_let_pass_beyond_the_longest_deferral() -> None:
+    admission = controller(AdmissionConfig(max_defer_s=3.0, backfill_turns=1.0))
+    admission._forecast._turn_s.add(10.0)
+    arrive(admission, "big", "A", 0.0, blocks=90)
+    assert admission.decide("big", 90, 100.0, lacks_room=True).reason == "lets_pass"
+    late = admission.decide("big", 90, 103.0, lacks_room=True)
+    assert late == AdmissionDecision(admit=True, reason="deferred_long_enough")
+
+
+@pytest.mark.parametrize("tried", [False, True])
+def test_while_nothing_runs_one_that_does_not_fit_is_tried(tried: bool) -> None:
+    admission = controller(AdmissionConfig(backfill_turns=1.0))
+    admission._forecast._turn_s.add(10.0)
+    arrive(admission, "big", "A", 0.0, blocks=90)
+    if tried:
+        assert admission.decide("big", 90, 100.0).admit
+        assert admission.decide("big", 90, 100.0, lacks_room=True).reason == "lets_pass"
+    admission.begin_step(replace(VIEW, now_s=101.0, running_requests=0))
+    assert admission.decide("big", 90, 101.0, lacks_room=True).reason == "nothing_running"
+
+
+def test_before_a_turn_has_ended_nobody_passes() -> None:
+    admission = controller(replace(FCFS, backfill_turns=1.0))
+    arrive(admission, "big", "A", 0.0, blocks=90)
+    assert admission.decide("big", 90, 101.0, lacks_room=True).admit
 
 
 def test_a_new_program_waits_where_those_at_work_are_expected_to_grow() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +63,9 @@ class Rig:
         self.engine = self.checking(share)
         self._n = 0
 
-    def checking(self, share: int) -> CheckedCopies:
+    def checking(self, share: int, rank: int = 0) -> CheckedCopies:
         return CheckedCopies(
-            self.inner, self.layout, self.region, share=share, clock=lambda: self.now_s
+            self.inner, self.layout, self.region, share=share, rank=rank, clock=lambda: self.now_s
         )
 
     def run(
@@ -139,6 +140,50 @@ def test_a_whole_chunk_of_something_else_fails(rig: Rig) -> None:
     rig.stored()
     assert spoilt(rig.run("load", [0], [6, 7, 8], keys=KEYS[1]))
     assert spoilt(rig.run("load", [0], [6, 7, 8], slots=[rig.pitch]))
+
+
+def test_another_ranks_chunk_fails(rig: Rig) -> None:
+    rig.stored()
+    first = rig.engine
+    rig.engine = rig.checking(SHARES["full"], rank=1)
+    result = rig.run("load", [1], [6, 7, 8])
+    assert spoilt(result)
+    assert result.spoilt_key == KEYS[1]
+    rig.engine.close()
+    rig.engine = first
+
+
+def test_loads_are_checked_before_stores_are_summed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.stored()
+    checked: list[int | str] = []
+    begun, go_on = threading.Event(), threading.Event()
+    check = rig.engine._checked
+
+    def slow(order: CopyOrder, result: CopyResult) -> CopyResult:
+        checked.append(order.order_id)
+        begun.set()
+        assert go_on.wait(WAIT_S)
+        return check(order, result)
+
+    monkeypatch.setattr(rig.engine, "_checked", slow)
+    results: list[CopyResult] = []
+    for name, direction in (("busy", "store"), ("store", "store"), ("load", "load")):
+        chunk = {"busy": 2, "store": 3, "load": 0}[name]
+        order = CopyOrder(
+            order_id=name, direction=direction, request_id="r", block_ids=[6, 7, 8],
+            slots=[chunk * rig.pitch], chunk_blocks=CHUNK_BLOCKS, keys=KEYS[chunk],
+        )  # fmt: skip
+        rig.engine.submit(order, 0.0)
+        assert rig.inner.drain(WAIT_S)
+        results += rig.engine.poll()
+        assert begun.wait(WAIT_S)
+    go_on.set()
+    assert rig.engine.drain(WAIT_S)
+    results += rig.engine.poll()
+    assert checked == ["busy", "load", "store"]
+    assert all(result.ok for result in results)
 
 
 def test_memory_that_was_never_written_fails(rig: Rig) -> None:

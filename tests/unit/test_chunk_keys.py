@@ -76,10 +76,15 @@ def test_the_head_of_a_chain_is_a_chain(tokens: list[int], n_chunks: int) -> Non
 
 def test_the_key_is_a_rolling_hash_of_the_tokens() -> None:
     """Stored KV outlives kvtier's process: the bytes of a key are a format."""
-    tokens = list(range(2 * CHUNK_TOKENS))
-    first = blake2b(SEED + array("q", tokens[:CHUNK_TOKENS]).tobytes(), digest_size=16).digest()
-    second = blake2b(first + array("q", tokens[CHUNK_TOKENS:]).tobytes(), digest_size=16).digest()
-    assert bytes(chain_of(tokens).keys) == first + second
+    tokens = list(range(100 * CHUNK_TOKENS))
+    key, keys = SEED, b""
+    for start in range(0, len(tokens), CHUNK_TOKENS):
+        chunk = array("q", tokens[start : start + CHUNK_TOKENS]).tobytes()
+        key = blake2b(key + chunk, digest_size=16).digest()
+        keys += key
+    assert bytes(chain_of(tokens).keys) == keys
+    known = chain_of(tokens[: 40 * CHUNK_TOKENS])
+    assert bytes(chain_of(tokens, known).keys) == keys
 
 
 @given(tokens_st, st.binary(max_size=8), st.binary(max_size=8))

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtier.demand_forecast import AHEAD_TURNS, EXACT, STALE_S, DemandForecast
+from kvtier.demand_forecast import (
+    AHEAD_TURNS,
+    DECAY,
+    EXACT,
+    PRIOR_GROWTH,
+    PRIOR_GROWTH_TURNS,
+    STALE_S,
+    DemandForecast,
+)
 
 
 def turn(
@@ -43,8 +51,12 @@ def episode(
         turn(forecast, program, blocks, at_s=at_s + 10.0 * i, goes_on=i + 1 < n_turns)
 
 
-def test_where_nothing_is_known_a_program_wants_its_prompt() -> None:
-    assert DemandForecast[str]().peak_blocks(100, 0.0) == pytest.approx(100, rel=0.1)
+def test_where_nothing_is_known_a_program_grows_by_a_part_of_its_prompt() -> None:
+    forecast: DemandForecast[str] = DemandForecast()
+    lasting = forecast._estimate()
+    wanted = max(100 * (1 + PRIOR_GROWTH * d) * lasting[d] for d in AHEAD_TURNS)
+    assert 110 < wanted < 300
+    assert forecast.peak_blocks(100, 0.0) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_who_grows_will_want_more() -> None:
@@ -67,8 +79,13 @@ def test_the_peak_is_that_of_the_formula() -> None:
     lasting = forecast._estimate()
     assert lasting[2] > 0.9
     assert lasting[3] < 0.2
+    # Each of them has grown by 10 blocks in both of its later turns.
+    seen = sum(DECAY**i for i in range(40))
+    known = seen / (seen + PRIOR_GROWTH_TURNS)
+    mine, newcomers = (known * 10 + (1 - known) * PRIOR_GROWTH * blocks for blocks in (40, 15))
     wanted = [
-        (40 + 10 * d) * lasting[1 + d] / lasting[1] + (15 + 10 * d) * lasting[d] / lasting[0]
+        (40 + mine * d) * lasting[1 + d] / lasting[1]
+        + (15 + newcomers * d) * lasting[d] / lasting[0]
         for d in AHEAD_TURNS
     ]
     assert forecast.peak_blocks(15, 3010.0) == pytest.approx(max(wanted), rel=1e-6)

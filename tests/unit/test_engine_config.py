@@ -44,6 +44,7 @@ def vllm_config(model: str = "hub/model", **changes: Any) -> Any:
     options: dict[str, Any] = {"dtype": "bfloat16", "cache_dtype": "auto", "backend": None, "tp": 1}
     options |= changes
     return SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=256, max_num_batched_tokens=8192),
         cache_config=SimpleNamespace(
             enable_prefix_caching=options.get("caching", True),
             block_size=16,
@@ -112,6 +113,11 @@ def test_what_kvtier_would_do_wrong_is_refused(config: Any, cache: Any, said: st
 )
 def test_ranks_that_one_hosts_memory_cannot_serve_have_no_tier(config: Any, said: str) -> None:
     assert re.search(said, tier_obstacle(config))
+
+
+def test_what_fits_in_a_step_is_read_of_the_scheduler() -> None:
+    facts = engine_facts(vllm_config(), kv_cache(FULL), Settings.load({}, {}))
+    assert (facts.batch_requests, facts.step_tokens) == (256, 8192)
 
 
 def test_a_blocks_bytes_are_those_of_all_layers() -> None:

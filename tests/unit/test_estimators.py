@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 
 import pytest
 from hypothesis import given
@@ -86,6 +87,45 @@ def test_one_outlier_does_not_wreck_the_link(factor: float) -> None:
     estimator.observe(100_000_000, 65536, factor * LINK.seconds(100_000_000, 65536))
     predicted_s = estimator.model().seconds(100_000_000, 65536)
     assert predicted_s == pytest.approx(LINK.seconds(100_000_000, 65536), rel=0.25)
+
+
+@pytest.mark.parametrize("factor", [0.2, 3.0, 10.0])
+def test_a_wrong_start_is_corrected_without_overshooting(factor: float) -> None:
+    estimator = LinkEstimator(LINK)
+    rng = random.Random(4)
+    for i in range(120):
+        n_bytes = rng.randrange(20_000_000, 100_000_000)
+        seconds = factor * LINK.seconds(n_bytes, 65536) * rng.uniform(0.98, 1.02)
+        ratio = estimator.model().seconds(n_bytes, 65536) / seconds
+        assert min(1.0, 1 / factor) / 1.3 < ratio < max(1.0, 1 / factor) * 1.3
+        assert i < 60 or 1 / 1.3 < ratio < 1.3
+        estimator.observe(n_bytes, 65536, seconds)
+
+
+def test_a_few_small_transfers_among_large_ones_tell_the_latency() -> None:
+    true = LinkModel(2e-3, LINK.points)
+    estimator = LinkEstimator(LinkModel(1e-4, LINK.points))
+    rng = random.Random(5)
+    for _ in range(100):
+        n_bytes = 1 << 20 if rng.random() < 0.2 else 256 << 20
+        estimator.observe(n_bytes, 65536, true.seconds(n_bytes, 65536) * rng.uniform(0.98, 1.02))
+    predicted_s = estimator.model().seconds(1 << 20, 65536)
+    assert predicted_s == pytest.approx(true.seconds(1 << 20, 65536), rel=0.1)
+
+
+def test_what_is_predicted_is_a_transfer_that_nothing_interrupts() -> None:
+    """One in four takes two to three times as long, as beside a busy engine on a CPU."""
+    estimator = LinkEstimator(LINK)
+    rng = random.Random(3)
+    errors = []
+    for _ in range(200):
+        n_bytes = rng.randrange(20_000_000, 100_000_000)
+        seconds = 0.8 * LINK.seconds(n_bytes, 65536) * rng.uniform(0.95, 1.05)
+        if rng.random() < 0.25:
+            seconds *= rng.uniform(2.0, 3.0)
+        errors.append(abs(estimator.model().seconds(n_bytes, 65536) / seconds - 1))
+        estimator.observe(n_bytes, 65536, seconds)
+    assert statistics.median(errors[20:]) < 0.1
 
 
 def test_a_lasting_change_of_the_link_is_followed() -> None:

@@ -178,6 +178,30 @@ def test_it_is_tried_again_when_a_request_lets_go_of_pinned_blocks(rig: Rig) -> 
     assert rig.ask(3) is not None
 
 
+def test_whether_it_lacks_room_can_be_asked_before_it_tries(rig: Rig) -> None:
+    shared = rig.fill(a=6)["a"]
+    users = [rig.pool.blocks[b] for b in shared]
+    rig.pool.touch(users)
+    rig.pool.take(4)
+    assert not rig.room.lacks("w", 3), "it has not tried yet"
+    assert rig.ask(3) is None
+    assert rig.room.lacks("w", 3)
+    rig.pool.take(1)
+    rig.pool.free_blocks(users)
+    rig.room.given_back()
+    assert not rig.room.lacks("w", 3)
+    assert rig.ask(3) is not None
+
+
+def test_who_wanted_more_than_it_needs_beyond_its_prefix_lacks_that_much(rig: Rig) -> None:
+    """What of its prefix is cached and free counts, too: vLLM takes that from the free blocks."""
+    rig.pool.take(6)
+    assert rig.ask(8, knows_need=True) is None
+    assert rig.room.lacks("w", 2)
+    rig.room.forget("w")
+    assert not rig.room.lacks("w", 2)
+
+
 def test_it_is_tried_again_when_what_vllm_kept_for_another_request_is_free(rig: Rig) -> None:
     rig.fill(a=12)
     rig.reserved = 8

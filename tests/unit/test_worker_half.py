@@ -429,3 +429,41 @@ def test_calibration_is_measured_once_and_only_on_rank_zero(
         assert worker.take_calibration() is None
         worker.close()
     assert calls == ["m0"]
+
+
+# -- checksums -------------------------------------------------------------------------------------
+
+
+def test_who_asks_for_checksums_that_cannot_be_had_is_told_at_the_start(
+    caches: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_numba() -> None:
+        raise RuntimeError("checksums of KV need numba")
+
+    monkeypatch.setattr(worker_half_module, "load_checksums", without_numba)
+    with pytest.raises(RuntimeError, match="need numba"):
+        worker_half(integrity="full").register(caches)
+    worker_half(integrity="off").register(caches)
+
+
+def test_a_region_whose_check_cannot_be_made_is_given_back(
+    caches: dict[str, torch.Tensor], region: Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+    close = CpuCopyEngine.close
+
+    def noted(engine: CpuCopyEngine) -> None:
+        close(engine)
+        closed.append(True)
+
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("no memory for a thread")
+
+    monkeypatch.setattr(CpuCopyEngine, "close", noted)
+    monkeypatch.setattr(worker_half_module, "CheckedCopies", failing)
+    worker = worker_half(integrity="full")
+    worker.register(caches)
+    worker.submit(StepOrders(region))
+    assert closed == [True]
+    assert worker._generation is None
+    worker.close()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvtier.admission import AdmissionController
 
 TOTAL_BLOCKS = 100
+STEP_BLOCKS = 40
 
 
 @dataclass
@@ -34,19 +35,33 @@ class Loop:
     now_s: float = 0.0
     queue: list[Request] = field(default_factory=list)
     running: list[Request] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)
 
     @property
     def free_blocks(self) -> int:
         return TOTAL_BLOCKS - sum(request.blocks for request in self.running)
 
     def view(self, now_s: float) -> AdmissionView:
-        return AdmissionView(now_s, self.free_blocks, TOTAL_BLOCKS, len(self.running))
+        return AdmissionView(
+            now_s,
+            self.free_blocks,
+            TOTAL_BLOCKS,
+            len(self.running),
+            open_places=self.max_running - len(self.running),
+            step_blocks=STEP_BLOCKS,
+        )
 
     def begin(self) -> None:
         self.admission.begin_step(self.view(self.now_s))
 
+    def lacks_room(self, request: Request) -> bool:
+        """Its allocation has failed, and would again."""
+        return request.request_id in self.failed and request.blocks > self.free_blocks
+
     def may_start(self, request: Request) -> bool:
-        return self.admission.decide(request.request_id, request.blocks, self.now_s).admit
+        return self.admission.decide(
+            request.request_id, request.blocks, self.now_s, lacks_room=self.lacks_room(request)
+        ).admit
 
     def started(self, request_id: str) -> None:
         self.admission.on_started(request_id)
@@ -70,6 +85,7 @@ class Loop:
                 continue
             admitted += 1
             if request.blocks > self.free_blocks:
+                self.failed.add(request.request_id)
                 break
             self.queue.remove(request)
             self.running.append(request)
@@ -93,6 +109,7 @@ def random_config(
         blocked_after_s=rng.choice([0.0, 3.0]),
         stale_scans=rng.choice([1, 4]),
         long_pause_s=rng.choice([0.0, 5.0]),
+        backfill_turns=rng.choice([0.0, 1.0, 20.0]),
     )
 
 

@@ -256,7 +256,7 @@ def test_noise_on_the_socket_is_ignored(rig: Rig, server: Server) -> None:
 def test_too_many_events_are_counted_and_the_picture_is_sent_anew(
     rig: Rig, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_events, "MAX_EVENTS", 3)
+    monkeypatch.setattr(engine_events, "MAX_EVENTS", 1)
     server.bind()
     rig.follow()
     server.all()
@@ -264,7 +264,7 @@ def test_too_many_events_are_counted_and_the_picture_is_sent_anew(
     rig.engine.half.report(rig.engine.now_s)
     found = server.all()
     assert sum(m.lost for m in found if isinstance(m, messages.Report)) > 0
-    (page,) = [m for m in found if isinstance(m, messages.Programs)]
+    *_, page = [m for m in found if isinstance(m, messages.Programs)]
     assert page.programs[0].context_tokens == 34
 
 

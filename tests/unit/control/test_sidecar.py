@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -102,20 +103,22 @@ def test_an_engine_starts_it_detached_a_second_one_joins_and_it_ends_after_the_l
         assert second.stderr.read() == b""
     monkeypatch.setattr(launch, "RETRY_INTERVAL_S", 0.0)
     launch.ensure_control_server(chosen, files.run_dir)
-    first, last = FakeEngine(files.run_dir), FakeEngine(files.run_dir, "engine-1")
-    for engine in (first, last):
-        engine.join()
-    assert [e.engine_id for e in ask(files).engines] == ["engine-0", "engine-1"]
-    assert serving(files) == record
+    # Closed also where something fails: to collect a socket's context that is open would wait for ever.
+    with (
+        closing(FakeEngine(files.run_dir)) as first,
+        closing(FakeEngine(files.run_dir, "engine-1")) as last,
+    ):
+        for engine in (first, last):
+            engine.join()
+        assert [e.engine_id for e in ask(files).engines] == ["engine-0", "engine-1"]
+        assert serving(files) == record
 
-    first.send(link.EngineBye(engine_id="engine-0"))
-    last.settle()
-    assert [e.engine_id for e in ask(files).engines] == ["engine-1"]
-    last.send(link.EngineBye(engine_id="engine-1"))
-    gone(files, record.pid)
-    assert "stopping: no engine for 0.05 s" in files.log_path.read_text()
-    for engine in (first, last):
-        engine.close()
+        first.send(link.EngineBye(engine_id="engine-0"))
+        last.settle()
+        assert [e.engine_id for e in ask(files).engines] == ["engine-1"]
+        last.send(link.EngineBye(engine_id="engine-1"))
+        gone(files, record.pid)
+        assert "stopping: no engine for 0.05 s" in files.log_path.read_text()
 
 
 def start_in_foreground(

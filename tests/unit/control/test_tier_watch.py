@@ -163,14 +163,28 @@ def test_a_record_that_is_lost_or_damaged_is_no_end_of_the_server(
     assert health(host) == NOT_SERVING
 
 
-def test_an_old_record_says_nothing_of_the_server_that_an_engine_has_been_given(
+def test_an_old_record_says_nothing(
     host: Host, engine: FakeEngine, lmcache: Lmcache, look: Any
 ) -> None:
-    """With `lmcache_url`: it is not the one of the record."""
+    """Nobody has seen the server that it names."""
     lmcache.kill()
     look()
     engine.report()
     assert health(host) == SERVING
+
+
+def test_the_end_of_the_hosts_server_says_nothing_of_one_that_an_engine_was_given(
+    host: Host, engine: FakeEngine, lmcache: Lmcache, look: Any
+) -> None:
+    """With `lmcache_url`."""
+    given = host.engine("given", on_hosts_tier=False)
+    given.join()
+    look()
+    lmcache.kill()
+    look()
+    assert tier_states(host) == ["lost", "ready"]
+    given.report()
+    assert tier_states(host) == ["lost", "ready"]
 
 
 def test_idle_engines_whose_tier_is_away_are_woken_now_and_then(

@@ -124,6 +124,30 @@ def test_a_pause_is_seen_released_and_ended_from_outside(rig: Rig) -> None:
     assert Refused(rig.program).code == grpc.StatusCode.NOT_FOUND
 
 
+def test_an_engine_that_runs_no_hook_after_its_last_turn_is_known_to_be_idle(rig: Rig) -> None:
+    rig.engine.run(turn("r1", prompt(30), session="agent", hints={"tool": "bash"}))
+
+    def is_told() -> bool:
+        try:
+            return rig.program().state == program_pb2.PROGRAM_STATE_PAUSED
+        except grpc.RpcError:
+            return False
+
+    wait_until(is_told, "the report of the last turn's end is there")
+    assert rig.status().engines[0].queue.running_requests == 0
+
+
+def test_the_memory_of_the_last_turn_is_told_to_be_free_when_it_is(rig: Rig) -> None:
+    """The turn is told to have ended before its answer goes out, and that is before vLLM frees its blocks."""
+    rig.engine.run(turn("r1", prompt(30), session="agent", hints={"end": True}))
+
+    def is_free() -> bool:
+        gpu = rig.status().engines[0].gpu
+        return gpu.free_bytes == gpu.total_bytes
+
+    wait_until(is_free, "the figures after the last turn are there")
+
+
 def test_a_prefetch_and_what_an_announcement_changed_are_explained(rig: Rig) -> None:
     rig.engine.run(turn("r1", prompt(30), session="agent", hints={"tool": "bash"}))
     rig.paused()
