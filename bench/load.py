@@ -1,15 +1,14 @@
 """What kvtier costs the scheduler as the programs that one engine holds grow from 10 to 10,000.
 
-    python bench/load.py [--sizes 10,30,100,...] [--json FILE] [--png FILE]
+    python bench/load.py [--sizes 10,30,100,...] [--gap 180] [--json FILE] [--png FILE]
 
 vLLM's real scheduler with the production connector, in virtual time, without a model. Each program takes a turn in three
 minutes, so that ten times the programs bring ten times the turns, as more users would: what is asked is how kvtier's time
-in a second of such work grows. (At one turn a minute 10,000 programs bring more than three turns a step, and a queue
-grows: see docs/known-gaps.md.) GPU memory holds a quarter of all contexts and the CPU tier three quarters, whatever the number,
-so pins are displaced, run out and are broken, KV is staged, reloaded and dropped at every size alike. The CPU tier is
-the server's own bookkeeping; its time is counted apart, as it is another process's. Time of vLLM's own (allocations
-that are tried again, the freeing of blocks that pins put off) is not kvtier's. All are the thread's processor time. Garbage
-collection is off in a window.
+in a second of such work grows. (`--gap 60` brings a turn a minute: more than three turns a step with 10,000 programs.)
+GPU memory holds a quarter of all contexts and the CPU tier three quarters, whatever the number, so pins are displaced, run out
+and are broken, KV is staged, reloaded and dropped at every size alike. The CPU tier is the server's own bookkeeping; its
+time is counted apart, as it is another process's. Time of vLLM's own (allocations that are tried again, the freeing of
+blocks that pins put off) is not kvtier's. All are the thread's processor time. Garbage collection is off in a window.
 
 Besides, at each size, quiet steps: all programs pause, and one stranger's request is decoded. What such a step costs is the
 price of merely holding programs.
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from bench.growth import Growth
 
 SIZES = (10, 30, 100, 300, 1000, 3000, 10_000)
+GAP_S = HeldLoad(0).gap_s
 FIT_FROM = 100
 WINDOWS = 8
 WINDOW_TURNS = 100
@@ -140,6 +140,7 @@ class Bench:
             "known": len(half.programs),
             "pinned": len({pin.program for pin in half.pins.pins()}),
             "staged": len(half.stager.copies),
+            "waiting": half.admission.waiting,
         }
 
     def counted(self) -> dict[str, float]:
@@ -175,9 +176,9 @@ class Bench:
         return Window(now_s, int(turns), int(steps), kvtier_s, tier_s, ended[5] - tier_s)
 
 
-def measure(n_programs: int) -> dict[str, Any]:
-    """One number of programs."""
-    load = HeldLoad(n_programs)
+def measure(n_programs: int, gap_s: float) -> dict[str, Any]:
+    """One number of programs, which pause for so long in the mean."""
+    load = HeldLoad(n_programs, gap_s=gap_s)
     bench = Bench(load)
     began_s = time.perf_counter()
     # Every program has begun, and half of them have taken another turn.
@@ -225,7 +226,7 @@ def _print(rows: list[dict[str, Any]], found: dict[str, Growth]) -> None:
 
     console = Console(width=max(118, Console().width))
     table = Table(title="Programs held by one engine; medians of windows, microseconds")
-    columns = ("programs", "pinned", "staged", "turns/s", "kvtier/s", "a turn", "a step")
+    columns = ("programs", "pinned", "staged", "waiting", "turns/s", "kvtier/s", "a turn", "a step")
     for column in (*columns, "quiet step", "tier/s", "a turn", "vLLM/s"):
         table.add_column(column, justify="right")
     shares = {
@@ -239,6 +240,7 @@ def _print(rows: list[dict[str, Any]], found: dict[str, Growth]) -> None:
             f"{row['held']['known']:,}",
             f"{row['held']['pinned']:,}",
             f"{row['held']['staged']:,}",
+            f"{row['held']['waiting']:,}",
             f"{shares['turns', 'virtual_s'][n]:.2f}",
             f"{shares['kvtier_s', 'virtual_s'][n] * 1e6:,.0f}",
             f"{shares['kvtier_s', 'turns'][n] * 1e6:,.0f}",
@@ -279,14 +281,17 @@ def main() -> int:
     """Measure, print a table, and write JSON and a picture where asked."""
     parser = argparse.ArgumentParser(description="kvtier's cost as the programs held grow.")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="numbers of programs")
+    parser.add_argument(
+        "--gap", type=float, default=GAP_S, metavar="S", help=f"mean pause of a program ({GAP_S:g})"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw them (needs Pillow)")
     told = parser.parse_args()
-    rows = [measure(int(size)) for size in told.sizes.split(",")]
+    rows = [measure(int(size), told.gap) for size in told.sizes.split(",")]
     found = growths(rows)
     _print(rows, found)
     if told.json is not None:
-        load = asdict(HeldLoad(0)) | {"programs": [row["programs"] for row in rows]}
+        load = asdict(HeldLoad(0, gap_s=told.gap)) | {"programs": [row["programs"] for row in rows]}
         facts = {name: growth._asdict() for name, growth in found.items()}
         text = json.dumps({"config": load, "rows": rows, "growth": facts}, indent=1)
         told.json.write_text(text + "\n", encoding="utf-8")
