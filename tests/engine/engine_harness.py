@@ -6,12 +6,12 @@ import dataclasses
 import logging
 import os
 import random
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tests.engine.held_copies import HeldCopies
 from tests.engine.tier_probe import WAIT_S, await_clean
 from tests.engine.tiny_model import VOCABULARY
 
@@ -373,14 +373,14 @@ class Engine:
             engine._kernel = kernel
 
     @contextmanager
-    def held_copies(self, direction: str) -> Iterator[threading.Event]:
-        """Copies in this direction wait until the event is set, at the latest when the block ends."""
-        go = threading.Event()
-        with self.copies(direction, lambda: go.wait(WAIT_S)):
+    def held_copies(self, direction: str) -> Iterator[HeldCopies]:
+        """Copies in this direction wait until they are let go, at the latest when the block ends."""
+        held = HeldCopies()
+        with self.copies(direction, held.hold):
             try:
-                yield go
+                yield held
             finally:
-                go.set()
+                held.set()
 
     def settle(self) -> None:
         """Check that nothing is left of a scenario: blocks, locks, reservations; then forget all."""

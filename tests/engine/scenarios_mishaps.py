@@ -57,6 +57,7 @@ def aborted_while_loading(engine: Engine) -> None:
     with engine.held_copies("load") as go:
         request_id = engine.start(prompt, program="ab-load")
         engine.step_until(lambda: engine.half.reader.n_loads == 1, "load")
+        go.await_begun()
         engine.abort(request_id)
         for _ in range(3):
             engine.step()
