@@ -17,9 +17,10 @@ The clients run on the same machine, so the engine's process is measured and not
 output token, and per step (from vLLM's own scheduler, see bench/step_clock.py). Steps by the clock are shown too.
 
 A processor that is shared makes the same instructions slower (caches, the sibling of a hyperthread), whoever the
-others are, by more than the limits here, and windows alike differ by tens of percent. So the limits are on `called`
-against `beside`, where as much goes on, and both are shown against `alone`: processor time per token +2 %, p99 of a
-step's processor time +5 %. What kvtier itself uses of the engine's processor time, in the scheduler's hooks and in
+others are, by more than the limits here, and windows alike differ by tens of percent. So the limits are on the number of
+instructions where the machine counts them (bench/instructions.py), `called` against `alone`, and else on processor time,
+`called` against `beside`, where as much goes on: per token +2 %, p99 of a step +5 %. All of these are shown.
+What kvtier itself uses of the engine's processor time, in the scheduler's hooks and in
 threads for messages, differs less between windows; it may not grow by more than these shares either. In the soak at the end the control server's
 memory may grow by 2 MiB after the first third. In all windows every call must be answered, and every watcher must
 have had the same number of events, those counted that it was told to have lost.
@@ -67,6 +68,11 @@ MOST_P99: Final = 0.05
 MOST_GROWTH_MIB: Final = 2.0
 N_BLOCKS: Final = 600
 """Enough for all agents of a window: nobody has to make room, whose cost would vary."""
+COMPARED: Final = (
+    *("instructions_per_token", "cpu_us_per_token"),
+    *("step_p50_instructions", "step_cpu_p50_us"),
+    *("step_p99_instructions", "step_cpu_p99_us", "step_wall_p99_us"),
+)
 _MIB: Final = 1 << 20
 _LONG: Final = 10
 _FLAGS: Final = (
@@ -95,6 +101,7 @@ class Results:
         windows = self.of(arm)
         cpu_us = [step.cpu_ns / 1e3 for w in windows for step in w.steps]
         wall_us = [step.wall_ns / 1e3 for w in windows for step in w.steps]
+        counted = [float(step.instructions) for w in windows for step in w.steps]
         seconds = sum(w.seconds for w in windows)
         row: dict[str, Any] = {
             "arm": arm,
@@ -103,6 +110,8 @@ class Results:
             "cpu_us_per_token": _us_per_token(windows, "cpu_s"),
             "hooks_us_per_token": _us_per_token(windows, "hooks_cpu_s"),
             "messages_us_per_token": _us_per_token(windows, "messages_cpu_s"),
+            "instructions_per_token": sum(w.instructions for w in windows)
+            / sum(w.tokens for w in windows),
             "steps": len(cpu_us),
             "hooks_p99_us": percentile([s.hooks_ns / 1e3 for w in windows for s in w.steps], 99),
             "control_cores": sum(w.control_cpu_s for w in windows) / seconds,
@@ -112,6 +121,7 @@ class Results:
         for percent in (50, 99):
             row[f"step_cpu_p{percent}_us"] = percentile(cpu_us, percent)
             row[f"step_wall_p{percent}_us"] = percentile(wall_us, percent)
+            row[f"step_p{percent}_instructions"] = percentile(counted, percent)
         if windows[0].calls:
             took_s = sorted(t for w in windows for t in w.calls["took_s"])
             made = sum(w.calls["made"] for w in windows)
@@ -134,10 +144,12 @@ class Results:
         """Limits that do not hold."""
         found = [problem for window in self.windows for problem in window.problems()]
         base = self.row(BESIDE if BESIDE in self.arms else ALONE)
-        called = self.row(CALLED)
-        for name, most in (("cpu_us_per_token", MOST_CPU), ("step_cpu_p99_us", MOST_P99)):
-            if (ratio := called[name] / base[name]) > 1 + most:
-                found.append(f"{name} is {ratio:.3f} times that of `{base['arm']}`")
+        called, against, names = self.row(CALLED), base, ("cpu_us_per_token", "step_cpu_p99_us")
+        if (alone := self.row(ALONE))["instructions_per_token"]:
+            against, names = alone, ("instructions_per_token", "step_p99_instructions")
+        for name, most in zip(names, (MOST_CPU, MOST_P99), strict=True):
+            if (ratio := called[name] / against[name]) > 1 + most:
+                found.append(f"{name} is {ratio:.4f} times that of `{against['arm']}`")
         if (rise := own_rise(called, base)) > MOST_CPU:
             found.append(
                 f"kvtier uses {rise:.2%} more of the engine's time than in `{base['arm']}`"
@@ -304,8 +316,10 @@ def show(
         if name != "arm":
             table.add_row(name, *(_figure(row.get(name)) for row in rows))
     for base in (rows[0], rows[-1]):
-        for name in ("cpu_us_per_token", "step_cpu_p50_us", "step_cpu_p99_us", "step_wall_p99_us"):
-            ratios = [f"{row[name] / base[name]:.3f}" for row in rows]
+        for name in COMPARED:
+            if not base[name]:
+                continue
+            ratios = [f"{row[name] / base[name]:.4f}" for row in rows]
             table.add_row(f"{name}, of {base['arm']}", *ratios)
         rises = [f"{own_rise(row, base):+.2%}" for row in rows]
         table.add_row(f"kvtier's own rise over {base['arm']}", *rises)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
+from bench.instructions import Instructions
 from bench.steady_agents import Agents
 from bench.step_clock import read_steps
 from kvtier.control.files import ControlFiles
@@ -79,7 +80,7 @@ class Window:
     """What one window brought; `calls` and `watchers` are what the clients found.
 
     Of the engine's `cpu_s` kvtier has used `hooks_cpu_s` in the scheduler's hooks; `messages_cpu_s` are the threads of
-    ZeroMQ, of which one is kvtier's and the others vLLM's.
+    ZeroMQ, of which one is kvtier's and the others vLLM's. `instructions` are the engine's; 0 where they are not counted.
     """
 
     arm: str
@@ -91,6 +92,7 @@ class Window:
     control_cpu_s: float
     hooks_cpu_s: float
     messages_cpu_s: float
+    instructions: int
     calls: dict[str, Any] = field(default_factory=dict)
     watchers: list[list[int]] = field(default_factory=list)
     clients_cpu_s: float = 0.0
@@ -163,11 +165,16 @@ class Stack:
         engine = self.engine
         cpu_s, control_cpu_s = _cpu_s(engine), _cpu_s(self.control)
         messages_s = _messages_cpu_s(engine)
+        counter = _instructions(engine)
         began_ns = time.monotonic_ns()
         if clients is not None:
             clients.go()
         agents.run()
         ended_ns = time.monotonic_ns()
+        instructions = 0
+        if counter is not None:
+            with counter:
+                instructions = counter.count()
         steps = [s for s in read_steps(self._steps_file) if began_ns < s.ended_ns <= ended_ns]
         messages_s = _messages_cpu_s(engine) - messages_s
         return Window(
@@ -180,6 +187,7 @@ class Stack:
             control_cpu_s=_cpu_s(self.control) - control_cpu_s,
             hooks_cpu_s=sum(step.hooks_ns for step in steps) / 1e9,
             messages_cpu_s=messages_s,
+            instructions=instructions,
         )
 
     @contextmanager
@@ -246,6 +254,13 @@ class Clients:
 def _cpu_s(process: psutil.Process) -> float:
     times = process.cpu_times()
     return times.user + times.system
+
+
+def _instructions(process: psutil.Process) -> Instructions | None:
+    try:
+        return Instructions(process.pid)
+    except OSError:
+        return None
 
 
 def _messages_cpu_s(process: psutil.Process) -> float:

@@ -23,9 +23,14 @@ sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
     return 1
 }
 
+# Compiled now: with PYTHONDONTWRITEBYTECODE, as many containers have it, each process would compile
+# vLLM and torch anew, some ten seconds of each start.
+readonly compiled=(--compile-bytecode)
+
 # The CPU build is on PyTorch's own index, or in a folder of wheels that pip was told of.
 install_torch() {
-    local install=("$venv/bin/uv" pip install --python "$venv" --no-deps -r requirements/torch.txt)
+    local install=("$venv/bin/uv" pip install --python "$venv" "${compiled[@]}" --no-deps
+        -r requirements/torch.txt)
     if [ -n "$UV_FIND_LINKS" ] && "${install[@]}"; then
         return
     fi
@@ -45,7 +50,7 @@ install_environment() {
         $venv/bin/python -m pip install --quiet --require-hashes -r requirements/uv.txt
     fi
     say "[3/5] vLLM (CPU), LMCache and tools from the lock"
-    $venv/bin/uv pip install --python $venv --no-deps --require-hashes -r requirements/cpu.txt
+    $venv/bin/uv pip install --python $venv "${compiled[@]}" --no-deps --require-hashes -r requirements/cpu.txt
     say "[4/5] torch (CPU)"
     install_torch
     $venv/bin/python -m kvtier.setup.vllm_shim
