@@ -41,7 +41,7 @@ format: setup ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Asks an advisory service on the internet, so it is no part of `.ci/run`.
+# Asks an advisory service on the internet. `.ci/run` shows what it says and goes on.
 audit: setup ## known vulnerabilities of what the lock names
 	scripts/audit.sh
 
