@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -111,3 +113,37 @@ def test_the_langgraph_example_says_what_it_needs() -> None:
     )
     assert done.returncode == 1
     assert "pip install langgraph langchain-openai" in done.stderr
+
+
+@pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("langgraph", "langchain_openai")),
+    reason="langgraph and langchain-openai are not installed",
+)
+def test_the_langgraph_example_announces_its_tools(control: ScriptedControl) -> None:
+    calls = [
+        {
+            "id": f"call_{name}",
+            "type": "function",
+            "function": {"name": name, "arguments": json.dumps(arguments)},
+        }
+        for name, arguments in (("slow_search", {"query": "KV"}), ("word_count", {"text": "a b"}))
+    ]
+    answers: list[dict[str, Any]] = [
+        {"content": None, "tool_calls": calls},
+        {"content": "nothing"},
+    ]
+    with model_stand_in(*answers) as model:
+        done = run("langgraph_agent/agent.py", "--base-url", model.base_url, control=control)
+    assert done.returncode == 0, done.stderr
+    assert "model: slow_search, word_count" in done.stdout
+    assert "model: nothing" in done.stdout
+    told = [message["content"] for message in model.asked[-1][1]["messages"][-2:]]
+    assert told == ["the archive knows nothing of KV", "2"]
+    # One pause, named after the tool that takes longest.
+    assert [call.method for call in control.asked] == [
+        *("AnnounceToolCall", "AnnounceToolReturn"),
+        "EndProgram",
+    ]
+    assert control.asked[0].request.tool == "slow_search"
+    session = model.asked[0][0]["x-session-id"]
+    assert {call.request.name for call in control.asked} == {session}
