@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def documents(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 COMPOSE = load(DEPLOY / "docker-compose.yml")
 COMPOSE_CPU = load(DEPLOY / "docker-compose.cpu.yml")
-ENGINE = documents(KUBERNETES / "kvtier.yaml")
+ENGINE = documents(KUBERNETES / "engine" / "kvtier.yaml")
 CONTROL = documents(KUBERNETES / "control" / "control.yaml")
 POD = ENGINE["Deployment", "vllm"]["spec"]["template"]["spec"]
 CONTAINER = POD["containers"][0]
@@ -245,7 +247,9 @@ def test_kubernetes_serves_on_the_port_that_service_and_probes_ask() -> None:
 
 
 def test_the_service_monitor_finds_the_engines_service_and_names_the_job_kvtier() -> None:
-    monitor = documents(KUBERNETES / "monitoring.yaml")["ServiceMonitor", "kvtier"]["spec"]
+    monitor = documents(KUBERNETES / "engine" / "monitoring.yaml")["ServiceMonitor", "kvtier"][
+        "spec"
+    ]
     service = ENGINE["Service", "vllm"]
     labels = service["metadata"]["labels"]
     assert monitor["selector"]["matchLabels"].items() <= labels.items()
@@ -291,10 +295,38 @@ def test_the_pod_may_do_no_more_than_it_needs() -> None:
     assert {"/tmp", "/dev/shm", "/home/kvtier"} <= mounts
 
 
-@pytest.mark.parametrize("folder", ["", "control"])
+@pytest.mark.parametrize("folder", ["engine", "control"])
 def test_kustomizations_name_files_that_exist(folder: str) -> None:
     path = KUBERNETES / folder
     kustomization = load(path / "kustomization.yaml")
     patches = [patch["path"] for patch in kustomization.get("patches", [])]
     for name in (*kustomization["resources"], *patches):
         assert (path / name).exists(), name
+        # kustomize takes what contains it for a cycle.
+        assert (path / name).resolve() not in path.resolve().parents
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl on the PATH")
+def test_kubectl_makes_the_same_engine_of_both() -> None:
+    made = {}
+    for folder in ("engine", "control"):
+        done = subprocess.run(
+            ["kubectl", "kustomize", KUBERNETES / folder],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        found = list(yaml.safe_load_all(done.stdout))
+        made[folder] = {(one["kind"], one["metadata"]["name"]): one for one in found}
+    assert made["engine"].keys() == ENGINE.keys() | {("ServiceMonitor", "kvtier")}
+    added = made["control"].keys() - made["engine"].keys()
+    assert added == {("Service", "kvtier-control"), ("NetworkPolicy", "kvtier-control")}
+    changed = {key for key, one in made["engine"].items() if one != made["control"][key]}
+    assert changed == {("ConfigMap", "kvtier-settings"), ("Deployment", "vllm")}
+    # What the patch does not name stays.
+    pod = made["control"]["Deployment", "vllm"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == CONTAINER["image"]
+    assert container["resources"] == CONTAINER["resources"]
+    assert [port["name"] for port in container["ports"]] == ["control", "http"]
