@@ -6,7 +6,8 @@ needs of LMCache happens inside its server.
 
 When the server does not answer within `timeout_s`, everything pending fails, the state becomes `away`
 (kvtier pins only, prompts that are not in GPU memory are recomputed) and a hello is tried again every
-`retry_s`. A restarted server has another generation; ids from before it mean nothing to it.
+`retry_s`. A restarted server has another generation; ids from before it mean nothing to it. A server
+that refuses this engine is asked ever more rarely, another one at once.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ STATUS_INTERVAL_S = 2.0
 """Between two questions how much of its memory the server uses: other engines fill it too."""
 LONGEST_REVIVAL_S = 600.0
 """A server that has been away for so long is called back; twice as long after each call in vain."""
+REFUSALS = ("api_mismatch", "no_shared_memory", "not_on_this_host")
+"""What a server says that will hardly change its mind."""
+FIRST_REFUSED_S = 10.0
+LONGEST_REFUSED_S = 300.0
+"""It is asked again after so long; twice as long after each refusal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,9 @@ class LMCacheBridge:
         self._status_sent_s = float("-inf")
         self._used_bytes: int | None = None
         self._now_s = now_s
-        self._incompatible: str | None = None
+        self._is_refused = False
+        self._refused_wait_s = FIRST_REFUSED_S
+        self._last_refusal = ""
         self._session = 0
         self._say_hello()
 
@@ -201,13 +209,19 @@ class LMCacheBridge:
         # may have taken longer than the time-out.
         self._pending.update((i, now_s) for i in self._unstamped if i in self._pending)
         self._unstamped.clear()
-        if self._disconnected() and self._state is TierState.READY:
-            self._go_away("disconnected", "the server closed the connection")
+        if self._disconnected():
+            if self._is_refused:
+                # Who answers next is another server.
+                self._is_refused = False
+                self._plan_first_revival()
+            if self._state is TierState.READY:
+                self._go_away("disconnected", "the server closed the connection")
         if self._pending and now_s - next(iter(self._pending.values())) > self._config.timeout_s:
             self._go_away("timeout", f"no answer for {self._config.timeout_s:g} s")
-        if self._state is not TierState.READY and self._incompatible is None:
+        if self._state is not TierState.READY:
             self._say_hello()
-            self._call_back()
+            if not self._is_refused:
+                self._call_back()
         if self._state is TierState.READY and now_s - self._status_sent_s >= STATUS_INTERVAL_S:
             self._status_sent_s = now_s
             self._send(wire.Status, expect_event=False)
@@ -262,9 +276,12 @@ class LMCacheBridge:
         return op_id
 
     def _say_hello(self) -> None:
-        if self._now_s - self._hello_sent_s < self._config.retry_s:
+        wait_s = self._refused_wait_s if self._is_refused else self._config.retry_s
+        if self._now_s - self._hello_sent_s < wait_s:
             return
         self._hello_sent_s = self._now_s
+        if self._is_refused:
+            self._refused_wait_s = min(2 * self._refused_wait_s, LONGEST_REFUSED_S)
         pid = os.getpid()
         owner = f"{self._config.owner}/{self._session}"
         hello = wire.Hello(_HELLO_ID, wire.API_VERSION, owner, pid, start_s(pid) or 0.0)
@@ -272,6 +289,10 @@ class LMCacheBridge:
             self._socket.send(wire.encoder.encode(hello), zmq.NOBLOCK)
         except zmq.Again:
             return
+
+    def _plan_first_revival(self) -> None:
+        self._revival_wait_s = FIRST_REVIVAL_S
+        self._revival_due_s = self._now_s + FIRST_REVIVAL_S
 
     def _call_back(self) -> None:
         if self._revive is None or self._now_s < self._revival_due_s:
@@ -326,6 +347,7 @@ class LMCacheBridge:
                 self._state = TierState.AWAY
                 self._events.append(StateChanged(self._state, "server_restarted"))
         self._region = Region(reply.shm_name, reply.pool_bytes, reply.generation)
+        self._is_refused, self._last_refusal = False, ""
         if self._state is not TierState.READY:
             self._state = TierState.READY
             self._status_sent_s = self._now_s
@@ -335,8 +357,12 @@ class LMCacheBridge:
             self._events.append(StateChanged(self._state, detail))
 
     def _refused(self, reply: wire.Failed) -> None:
-        if reply.reason in ("api_mismatch", "no_shared_memory", "not_on_this_host"):
-            self._incompatible = reply.detail
+        if reply.reason in REFUSALS and not self._is_refused:
+            self._is_refused, self._refused_wait_s = True, FIRST_REFUSED_S
+        if self._state is TierState.AWAY and reply.reason != self._last_refusal:
+            # No change of state tells it.
+            logger.warning("LMCache server refuses this engine: %s: %s", reply.reason, reply.detail)
+        self._last_refusal = reply.reason
         self._go_away(reply.reason, reply.detail)
 
     def _fail_pending(self, reason: str, detail: str) -> None:
@@ -347,8 +373,7 @@ class LMCacheBridge:
         self._fail_pending(reason, detail)
         if self._state is not TierState.AWAY:
             self._state = TierState.AWAY
-            self._revival_wait_s = FIRST_REVIVAL_S
-            self._revival_due_s = self._now_s + FIRST_REVIVAL_S
+            self._plan_first_revival()
             self._events.append(StateChanged(self._state, f"{reason}: {detail}"))
             # A new session: the server keeps what the old one holds until no copy can be using it.
             self._session += 1

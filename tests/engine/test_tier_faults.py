@@ -25,20 +25,22 @@ DRAM_GB = 0.02
 """80 chunks of 256 KiB: seven of the scenarios' programs."""
 
 SCENARIOS = {
-    "strangers": "",
-    "full_of_equals": "stage_l1_full",
-    "room_by_value": "",
-    "room_by_expired_lease": "",
-    "step_longer_than_the_timeout": "",
-    "hung": "tier_lost",
-    "hung_during_load": "",
-    "killed_before_store": "tier_lost",
-    "killed_during_store": "tier_lost",
-    "killed_between": "tier_lost",
-    "killed_during_load": "tier_lost",
-    "guardian_killed": "tier_lost",
+    "strangers": set(),
+    "full_of_equals": {"stage_l1_full"},
+    "room_by_value": set(),
+    "room_by_expired_lease": set(),
+    "step_longer_than_the_timeout": set(),
+    "hung": {"tier_lost", "lookup_late"},
+    "hung_during_load": set(),
+    "killed_before_store": {"tier_lost"},
+    "killed_during_store": {"tier_lost"},
+    "killed_between": {"tier_lost"},
+    "killed_during_load": {"tier_lost"},
+    "guardian_killed": {"tier_lost"},
 }
 """What happens, and what is counted for it."""
+NOTHING = {"strangers", "step_longer_than_the_timeout"}
+"""Nothing else is counted for these. A busy machine's answers may be late in any."""
 AWAY = "CPU tier away, pinning only"
 
 
@@ -63,7 +65,8 @@ def test_scenario(engine: EngineChild, plain: PlainVllm, scenario: str) -> None:
     before = engine.call("failures", settle=False)["value"]
     plain.check(engine.call(scenario)["records"])
     after = engine.call("failures", settle=False)["value"]
-    counted, kind = {k for k, n in after.items() if n > before.get(k, 0)}, SCENARIOS[scenario]
-    assert not kind or kind in counted
+    counted = {k for k, n in after.items() if n > before.get(k, 0)}
+    assert counted >= SCENARIOS[scenario]
+    assert scenario not in NOTHING or counted <= {"lookup_late"}
     log = engine.log.read_bytes()[begin:].decode(errors="replace")
     assert (AWAY in log) == ("tier_lost" in counted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -22,7 +23,7 @@ from kvtier.backend import (
     TierEvent,
     TierState,
 )
-from kvtier.lmcache_bridge import BridgeConfig, LMCacheBridge
+from kvtier.lmcache_bridge import REFUSALS, BridgeConfig, LMCacheBridge
 from kvtier.server.residency import ResidencyTable
 from tests.unit.fake_l1 import FakeL1
 
@@ -515,22 +516,75 @@ def test_an_answer_of_the_wrong_kind_fails_the_operation(server: Server, client:
     assert failed.reason == "malformed"
 
 
-@pytest.mark.parametrize("reason", ["api_mismatch", "no_shared_memory", "not_on_this_host"])
-def test_an_incompatible_server_is_left_alone(
-    server: Server, connect: Callable[[], Client], reason: str
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_a_server_that_refuses_is_asked_ever_more_rarely(
+    server: Server, connect: Callable[[], Client], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.answer = lambda request, _: wire.Failed(request.id, reason, "get another one")
     client = connect()
     client.until(lambda: client.bridge.state is TierState.AWAY, step_s=1.0)
     assert client.states == [(TierState.AWAY, reason)]
-    said = len(server.hellos)
-    for _ in range(5):
-        client.now_s += 10.0
-        client.poll(0.01)
-    assert len(server.hellos) == said
     refused = client.outcome(client.lookup())
     assert isinstance(refused, OperationFailed)
     assert refused.reason == "tier_away"
+    asked_s = refused_hellos(client, 700)
+    waits_s = [after - before for before, after in itertools.pairwise(asked_s)]
+    assert waits_s == [10, 20, 40, 80, 160, 300]
+    assert client.revivals_s == [], "it is there"
+    assert caplog.messages == [], "the change of state told it"
+    # For another reason it is told again, once.
+    server.answer = lambda request, _: wire.Failed(request.id, "other", "not you")
+    assert len(refused_hellos(client, 700)) == 3
+    assert caplog.messages == ["LMCache server refuses this engine: other: not you"]
+    server.answer = lambda _, reply: reply
+    client.until(lambda: client.bridge.state is TierState.READY, step_s=10.0)
+    assert isinstance(client.outcome(client.lookup()), LookupDone)
+
+
+def refused_hellos(client: Client, seconds: int) -> list[float]:
+    """When the client says hello in this time, the last hello before it first; each is answered."""
+    assert client.bridge._socket.poll(int(WAIT_S * 1000), zmq.POLLOUT), "not connected"
+    asked_s = [client.bridge._hello_sent_s]
+    for _ in range(seconds):
+        client.now_s += 1.0
+        client.poll()
+        if client.bridge._hello_sent_s != asked_s[-1]:
+            asked_s.append(client.bridge._hello_sent_s)
+            assert client.bridge._socket.poll(int(WAIT_S * 1000)), "no answer"
+            client.poll()
+    return asked_s
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_another_server_is_asked_at_once(
+    endpoint: str, connect: Callable[[], Client], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also by an engine that has been refused for long; it calls back one that has ended."""
+    wrong = Server(endpoint)
+    wrong.answer = lambda request, _: wire.Failed(request.id, reason, "get another one")
+    client = connect()
+    client.until(lambda: client.bridge.state is TierState.AWAY, step_s=1.0)
+    refused_hellos(client, 400)
+    wrong.stop()
+    client.until(lambda: not client.bridge._is_refused)
+    ended_s = client.now_s
+    client.now_s += 15.0
+    client.poll()
+    assert client.revivals_s == [ended_s + 15.0]
+    # It is wrong again: the same reason is not told twice.
+    wrong = Server(endpoint, generation="two")
+    wrong.answer = lambda request, _: wire.Failed(request.id, reason, "get another one")
+    client.until(lambda: client.bridge._is_refused, step_s=client.config.retry_s)
+    wrong.stop()
+    client.until(lambda: not client.bridge._is_refused)
+    assert caplog.messages == []
+    right = Server(endpoint, generation="three")
+    began_s = client.now_s
+    client.until(lambda: client.bridge.state is TierState.READY, step_s=0.1)
+    assert client.now_s - began_s < 300.0
+    assert [state for state, _ in client.states] == [TierState.AWAY, TierState.READY]
+    assert client.store() == 3
+    right.stop()
 
 
 def test_leaving_ends_the_session_at_the_server(
