@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
 from kvtier.admission import AdmissionController
+from kvtier.backend import TierState
 from kvtier.control.link import EngineLink
 from kvtier.gpu_pin import PinTable
 from kvtier.scheduler_half import SchedulerHalf
@@ -20,8 +21,8 @@ from kvtier.turns.block_pool import VllmBlockPool
 from kvtier.turns.prefetch import Prefetcher
 from kvtier.turns.reading import TierReader
 from kvtier.turns.returns import Returns
+from kvtier.turns.staged_copies import StagedCopies
 from kvtier.turns.staging import Stager
-from tests.engine.copy_worker import CopyWorker
 from tests.model.run import live
 
 if TYPE_CHECKING:
@@ -126,18 +127,6 @@ def forgotten_chains() -> Plant:
     return mock.patch.object(Returns, "forget")
 
 
-def swallowed_worker_error() -> Plant:
-    """A worker's failed load is reported as done."""
-    collect = CopyWorker.collect
-
-    def swallows(self: CopyWorker) -> Any:
-        output = collect(self)
-        output.invalid_block_ids.clear()
-        return output
-
-    return mock.patch.object(CopyWorker, "collect", swallows)
-
-
 def swallowed_prefetch_error() -> Plant:
     """A prefetch takes in pieces whose copy has failed."""
     return _swallows_errors(Prefetcher)
@@ -211,6 +200,47 @@ def older_waits_for_ever() -> Plant:
     return mock.patch.object(AdmissionController, "_leave", stays)
 
 
+def found_missing_unnoticed() -> Plant:
+    """What a lookup has not found still counts as staged."""
+    return mock.patch.object(StagedCopies, "correct")
+
+
+def confirmed_for_ever() -> Plant:
+    """A commit that finds less than one before does not make what counts as staged less."""
+    confirm = StagedCopies.confirm
+
+    def keeps(self: StagedCopies, strand: str, chain: Any, n_chunks: int) -> int:
+        known = self._staged.get(strand)
+        same = known is not None and known.chain.common_chunks(chain) >= known.n_chunks
+        return confirm(self, strand, chain, max(n_chunks, known.n_chunks if same else 0))
+
+    return mock.patch.object(StagedCopies, "confirm", keeps)
+
+
+def waits_for_lost_tier() -> Plant:
+    """A request that returns waits until the tier is there again."""
+    match = SchedulerHalf.match
+
+    def waits(self: SchedulerHalf, request: Any, local_tokens: int) -> int | None:
+        if request.request_id in self._turns and self.tier.state is TierState.AWAY:
+            return None
+        return match(self, request, local_tokens)
+
+    return mock.patch.object(SchedulerHalf, "match", waits)
+
+
+def tenant_charged_too_little() -> Plant:
+    """A tenant's pins cost it a tenth less than they use."""
+    charge = TenantBudgets.charge
+
+    def less(
+        self: TenantBudgets, tenant: str | None, pin: str, byte_seconds: float, now_s: float
+    ) -> None:
+        charge(self, tenant, pin, byte_seconds * 0.9 if byte_seconds > 0 else byte_seconds, now_s)
+
+    return mock.patch.object(TenantBudgets, "charge", less)
+
+
 def tier_lost_unnoticed() -> Plant:
     """When the tier comes or goes, what was staged and locked still counts."""
     return mock.patch.object(answers.Answers, "_tier_changed")
@@ -226,9 +256,9 @@ ALL: Final[dict[str, Callable[[], Plant]]] = {
         cancelled_store_committed,
         budget_off_by_one,
         tenant_not_charged,
+        tenant_charged_too_little,
         stale_program_table,
         forgotten_chains,
-        swallowed_worker_error,
         swallowed_prefetch_error,
         wrong_tenant_key,
         wrong_adapter_key,
@@ -239,6 +269,9 @@ ALL: Final[dict[str, Callable[[], Plant]]] = {
         lost_wakeup,
         older_waits_for_ever,
         tier_lost_unnoticed,
+        found_missing_unnoticed,
+        confirmed_for_ever,
+        waits_for_lost_tier,
     )
 }
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vllm.v1.core.kv_cache_utils import get_block_hash
 
-from kvtier.costs.pinned_turn import PinnedTurn
-from kvtier.server.l1_store import ChunkId
 from kvtier.turns.arrivals import MAX_COMPLAINTS
+from kvtier.wire import split_keys
 from tests.engine.engine_spec import BLOCK_TOKENS
+from tests.model.beliefs import Beliefs
 from tests.model.census import census
 from tests.model.commands import TENANTS
+from tests.model.meter import Meter
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -43,67 +44,6 @@ class Failures(logging.Handler):
             self.records.append(record)
 
 
-class Meter:
-    """What tenants with a budget may still use, in byte-seconds: what they began with, and what is refilled.
-
-    Nothing is lost here when a budget is full: a pin has what it has reserved, however late it uses it.
-    """
-
-    def __init__(self, life: Life) -> None:
-        self._life = life
-        self._limits: dict[str | None, tuple[float, float]] = {}
-        self._left: dict[str | None, float] = {}
-        self._then_s = life.engine.clock()
-        # Pins from before their tenant had a budget are not charged.
-        self._free: set[str] = set()
-
-    def check(self) -> None:
-        """Charge the time since the last call."""
-        half, now_s = self._life.half, self._life.engine.clock()
-        budgets = half.policy.ttl.budgets.all()
-        if not budgets and not self._limits:
-            self._then_s = now_s
-            return
-        pins = [pin for pin in half.pins.pins() if isinstance(pin.data, PinnedTurn)]
-        self._free &= {pin.key for pin in pins}
-        limits = {b.tenant: (float(b.byte_seconds), b.period_s) for b in budgets}
-        if limits == self._limits:
-            self._charge(pins, now_s)
-        else:
-            # What came first in this transition, pin or budget, is not known: nobody pays for it.
-            self._change(limits, pins, now_s)
-        self._then_s = now_s
-
-    def _charge(self, pins: list[Any], now_s: float) -> None:
-        for tenant, (whole, period_s) in self._limits.items():
-            self._left[tenant] += max(0.0, now_s - self._then_s) * whole / period_s
-        for pin in self._charged(pins):
-            # A pin whose time is over waits for the next step to end: that is not its own.
-            lasted_s = min(now_s, pin.deadline_s) - max(self._then_s, pin.pinned_s)
-            self._left[pin.data.tenant] -= self._bytes(pin) * max(0.0, lasted_s)
-        for tenant, left in self._left.items():
-            if left < -1e-3 * max(1.0, self._limits[tenant][0]):
-                raise Broken(f"5: tenant {tenant} has used {-left:g} byte-seconds too many")
-
-    def _change(
-        self, limits: dict[str | None, tuple[float, float]], pins: list[Any], now_s: float
-    ) -> None:
-        """Other budgets hold now. What was reserved from the old ones stays reserved."""
-        reserved = dict.fromkeys(limits, 0.0)
-        for pin in self._charged(pins):
-            if pin.data.tenant in limits:
-                reserved[pin.data.tenant] += self._bytes(pin) * max(0.0, pin.deadline_s - now_s)
-        self._free |= {pin.key for pin in pins if pin.data.tenant not in self._limits}
-        self._left = {tenant: whole + reserved[tenant] for tenant, (whole, _) in limits.items()}
-        self._limits = limits
-
-    def _charged(self, pins: list[Any]) -> list[Any]:
-        return [p for p in pins if p.data.tenant in self._limits and p.key not in self._free]
-
-    def _bytes(self, pin: Any) -> int:
-        return len(pin.block_ids) * self._life.half.facts.block_bytes
-
-
 def left_over(life: Life) -> dict[str, int]:
     """What a calm should have ended and has not: copies and who waits for them, holds, locks."""
     half = life.half
@@ -132,6 +72,7 @@ class Invariants:
         # What was seen where an exception would be kvtier's to catch.
         self._seen = ""
         self._meter = Meter(life)
+        self._beliefs = Beliefs(life, life.tier) if life.tier is not None else None
         self._failures = Failures()
         logging.getLogger("kvtier").addHandler(self._failures)
         life.watch = self.after_transition
@@ -146,7 +87,7 @@ class Invariants:
     # -- after each transition ---------------------------------------------------------------------
 
     def after_transition(self) -> None:
-        """1 and 5; 2 and 6 are checked wherever KV is read, 3 wherever the tier is believed."""
+        """1, 3 and 5; 2 and 6 are checked wherever KV is read, 3 wherever copies end, too."""
         life = self._life
         if self._seen:
             raise Broken(self._seen)
@@ -156,7 +97,12 @@ class Invariants:
             life.engine.check()
         except AssertionError as error:
             raise Broken(f"1 or 5: {error}") from error
-        self._meter.check()
+        overuse = self._meter.overuse()
+        if overuse:
+            raise Broken(overuse)
+        unfounded = self._beliefs.unfounded() if self._beliefs is not None else ""
+        if unfounded:
+            raise Broken(unfounded)
 
     def _failure(self) -> str:
         records = self._failures.records
@@ -246,17 +192,14 @@ class Invariants:
         stager._end_if_done = checked_end  # type: ignore[method-assign]
 
     def _check_stored(self, chain: ChunkChain, n_chunks: int) -> None:
-        """The tier holds these chunks, and they hold what they are named for."""
+        """What the tier holds of these chunks is what they are named for."""
         tier = self._life.tier
         assert tier is not None
         self._learn_open()
-        namespace, size = self._half.stager.copies.namespace, len(chain.keys) // max(1, len(chain))
-        for i in range(n_chunks):
-            key = bytes(chain.keys[i * size : (i + 1) * size])
+        namespace = self._half.stager.copies.namespace
+        for i, key in enumerate(split_keys(bytes(chain.keys))[:n_chunks]):
             slot = tier.holds(namespace, key)
             if slot is None:
-                if ChunkId(namespace, key, 0) not in tier.held_once:
-                    self._seen = self._seen or f"3: chunk {i} is believed to be in DRAM, never was"
                 continue
             wanted = self._truth.get(chain.marks[i])
             held = self._kv.last_of_slot(tier.region.generation, slot)
@@ -264,13 +207,8 @@ class Invariants:
                 self._seen = self._seen or f"3: the slot of chunk {i} holds other KV"
 
     def _check_given_up(self, job: StageJob) -> None:
-        tier = self._life.tier
-        assert tier is not None
-        namespace, size = self._half.stager.copies.namespace, len(job.chain.keys) // len(job.chain)
-        for i in range(job.end_chunk):
-            key = bytes(job.chain.keys[i * size : (i + 1) * size])
-            if ChunkId(namespace, key, 0) not in tier.held_once:
-                self._seen = self._seen or f"3: given up as staged, and chunk {i} never was"
+        assert self._beliefs is not None
+        self._seen = self._seen or self._beliefs.given_up(job)
 
     # -- what is true ------------------------------------------------------------------------------
 

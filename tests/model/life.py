@@ -129,8 +129,15 @@ class Life(Walk):
         """
         self._set_calm(calm=True)
         self.engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+        n_steps = 0
         if self.tier is not None and self.tier.state is TierState.AWAY:
+            if self.random.random() < 0.5:
+                # Nobody may wait for it.
+                n_steps = self._until_done(max_steps)
             self._happens("tier_returns")
+        return n_steps + self._until_done(max_steps)
+
+    def _until_done(self, max_steps: int) -> int:
         for n_steps in range(max_steps):
             if not self.drive.busy and not self.worker.busy:
                 self._collect()

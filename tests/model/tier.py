@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import TYPE_CHECKING, Final
 
-from kvtier.backend import StateChanged
+from kvtier.backend import CommitDone, StateChanged
 from kvtier.server.l1_store import ChunkId
 from tests.unit.virtual_tier import VirtualTier
 
@@ -29,8 +30,9 @@ class UnreliableTier(VirtualTier):
         max_delay: Most polls until an answer comes.
         fail_share: Of operations.
         repeat_share: Of answers that come twice.
-        remembers: Whether `held_once` is kept: a long life has many chunks.
-        held_once: Chunks that were ever there when something was committed.
+        remembers: Whether `told` is kept: a long life has many chunks.
+        told: By namespace and name, the chunks that kvtier has been told of: the tier held them when it answered a
+            commit. Nothing from before kvtier was last told that the tier had gone or come.
     """
 
     def __init__(self, n_slots: int, chance: random.Random) -> None:
@@ -38,7 +40,11 @@ class UnreliableTier(VirtualTier):
         self.max_delay = 0
         self.fail_share = self.repeat_share = 0.0
         self.remembers = True
-        self.held_once: set[ChunkId] = set()
+        self.told: dict[tuple[str, str], set[bytes]] = {}
+        # By commit, what its answer will tell of: the chain, and how much of it is held.
+        self._to_tell: dict[int, tuple[tuple[str, str], list[bytes], int]] = {}
+        # The last commit whose answer was heard, by what it was about.
+        self._heard: dict[tuple[str, str], int] = {}
         self._chance = chance
         self._lost_s = 0.0
         super().__init__(n_slots)
@@ -59,6 +65,8 @@ class UnreliableTier(VirtualTier):
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
         due = super().poll(now_s, wait_s)
+        for event in due:
+            self._tell(event)
         # Nobody reads them here, and a life is long.
         self.marked.clear()
         self.dropped.clear()
@@ -71,15 +79,43 @@ class UnreliableTier(VirtualTier):
         return due
 
     def commit(self, reserve_id: int, *, ok: bool) -> int:
+        reservation = self.table._reservations.get((self._owner, reserve_id))
         op_id = super().commit(reserve_id, ok=ok)
-        if self.remembers:
-            self.held_once.update(self.l1.chunks)
+        if self.remembers and ok and reservation is not None:
+            namespace, keys = reservation.namespace, reservation.keys
+            n_held = sum(1 for _ in takewhile(lambda k: self.holds(namespace, k) is not None, keys))
+            self._to_tell[op_id] = (namespace, reservation.program), keys, n_held
         return op_id
+
+    def drop(self, namespace: str, program: str) -> None:
+        super().drop(namespace, program)
+        self.told.pop((namespace, program), None)
+
+    def spoilt(self, namespace: str, key: bytes) -> None:
+        super().spoilt(namespace, key)
+        for (where, _), keys in self.told.items():
+            if where == namespace:
+                keys.discard(key)
 
     def holds(self, namespace: str, key: bytes) -> int | None:
         """Offset of the slot with a chunk; None where the tier does not hold it."""
         slot = self.l1.chunks.get(ChunkId(namespace, key, 0))
         return None if slot is None else slot * self._slot_bytes
+
+    def _tell(self, event: TierEvent) -> None:
+        """kvtier hears of an event now."""
+        if isinstance(event, StateChanged):
+            self.told.clear()
+            return
+        copy, keys, n_held = self._to_tell.pop(event.op_id, (None, [], 0))
+        if copy is None or not isinstance(event, CommitDone):
+            return
+        told = self.told.setdefault(copy, set())
+        told.update(keys[:n_held])
+        if event.op_id > self._heard.get(copy, 0):
+            # Answers may overtake each other: an old one takes nothing back.
+            self._heard[copy] = event.op_id
+            told.difference_update(keys[n_held:])
 
     def _answer(self, event: TierEvent, after: int | None = None) -> None:
         if after is None and self.max_delay and not self.is_calm:
