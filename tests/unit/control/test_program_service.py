@@ -378,6 +378,28 @@ def test_a_repeated_announcement_is_done_once_and_answered_alike(
     assert list(refused.fields) == ["request_id"]
 
 
+def test_of_a_repeatable_call_little_is_kept_however_long_it_is(
+    host: Host, engine: FakeEngine
+) -> None:
+    engine.knows(program())
+    client = host.client
+
+    def announce(unknown: bytes) -> Any:
+        request = program_pb2.AnnounceToolCallRequest(**NAME, tool="bash", request_id="id-1")
+        # Field 1000, bytes: no field of this message.
+        size = len(unknown)
+        length = bytes([size & 127 | 128, size >> 7 & 127 | 128, size >> 14])
+        request.MergeFromString(b"\xc2\x3e" + length + unknown)
+        return client.programs.AnnounceToolCall(request)
+
+    result = in_background(lambda: announce(b"x" * 1_000_000))
+    engine.answer(engine.next(link.ToolCallCommand))
+    # What the server does not understand makes no other call of it.
+    assert announce(b"y" * 500_000) == result()
+    kept = host.server._grpc.programs._announced._calls
+    assert [len(call.digest) for call in kept.values()] == [32]
+
+
 def test_a_call_that_failed_may_be_repeated_with_its_id(host: Host, engine: FakeEngine) -> None:
     client = host.client
     request = program_pb2.AnnounceToolReturnRequest(**NAME, request_id="id-1")
