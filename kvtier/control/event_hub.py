@@ -89,7 +89,7 @@ class Watcher(Generic[T]):
         self._changed.set()
 
     def close(self) -> None:
-        """Let the reader end."""
+        """Let the reader end, when it has read what is here."""
         self._closed = True
         self._changed.set()
 
@@ -101,8 +101,6 @@ class Watcher(Generic[T]):
         """
         while True:
             while self._lost or self._items:
-                if self._closed:
-                    raise HubClosedError
                 if self._lost:
                     lost, self._lost = self._lost, 0
                     yield lost

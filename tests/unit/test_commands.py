@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -43,6 +44,21 @@ def test_a_pin_longer_than_allowed_is_clipped(rig: Rig) -> None:
     answer = rig.do(messages.PinCommand, ttl_s=1e6)
     assert (answer.outcome, answer.reason) == ("clipped", "max_ttl")
     assert rig.left_s() == pytest.approx(600.0)
+
+
+def test_a_pin_lasts_from_when_it_was_asked_for(rig: Rig) -> None:
+    """An idle engine that nobody can wake takes a command in with its next step."""
+    agent_turn(rig)
+    left_s = rig.left_s()
+    answer = rig.do(messages.PinCommand, ttl_s=60.0, asked_s=time.time() - 61.0)
+    assert (answer.outcome, answer.reason) == ("rejected", "too_late")
+    assert rig.left_s() == pytest.approx(left_s, abs=1.0)
+    answer = rig.do(messages.PinCommand, ttl_s=340.0, asked_s=time.time() - 100.0)
+    assert (answer.outcome, answer.reason) == ("accepted", "pinned")
+    assert rig.left_s() == pytest.approx(240.0, abs=20.0)
+    # A clock that was set back makes nothing longer.
+    rig.do(messages.PinCommand, ttl_s=60.0, asked_s=time.time() + 1000.0)
+    assert rig.left_s() == pytest.approx(60.0)
 
 
 def test_release_frees_the_blocks_of_an_idle_engine_at_once(rig: Rig) -> None:
@@ -232,6 +248,20 @@ def test_an_announced_tool_names_the_pause(rig: Rig) -> None:
     rig.engine.run(again)
     # The gap was learned under the announced name: its window exists now.
     assert rig.engine.half.policy.ttl._gaps.n_tools == 1
+
+
+def test_an_announced_duration_counts_from_when_it_was_said(rig: Rig) -> None:
+    agent_turn(rig)
+    # What was asked for stays, whatever is announced.
+    rig.do(messages.PinCommand, ttl_s=400.0)
+    left_s = rig.left_s()
+    rig.do(messages.ToolCallCommand, tool="bash", p50_s=5.0, asked_s=time.time() - 100.0)
+    (pin,) = rig.pins
+    assert rig.engine.now_s - pin.data.announced_s == pytest.approx(100.0, abs=20.0)
+    assert rig.left_s() == pytest.approx(left_s, abs=1.0)
+    noted = rig.engine.half.policy.ttl.announcements.of(pin.program, "r1")
+    assert noted is not None
+    assert noted.at_s == pin.data.announced_s
 
 
 def test_a_tool_announced_during_the_turn_counts_at_its_end(rig: Rig) -> None:
