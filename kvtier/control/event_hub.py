@@ -44,6 +44,11 @@ class Interest:
     tenant: str | None = None
     by_tenant: bool = False
 
+    @property
+    def is_all(self) -> bool:
+        """Whether the watcher wants every event."""
+        return not self.kinds and self.name is None and not self.by_tenant
+
     def covers(self, kind: str, program: ProgramKey | None) -> bool:
         """Whether the watcher wants this event."""
         if self.kinds and kind not in self.kinds:
@@ -168,9 +173,12 @@ class EventHub(Generic[T]):
                     self._tell_lost(lost)
 
     def lose(self, count: int) -> None:
-        """Tell all watchers that events were lost before they came here."""
+        """Tell all watchers that events were lost before they came here.
+
+        Nobody knows whose these were: who watches a part is told that there is a hole, and not how much others do.
+        """
         for watcher in self._watchers:
-            watcher.lose(count)
+            watcher.lose(count if watcher.interest.is_all else min(count, 1))
 
     def close(self) -> None:
         """End all watchers."""

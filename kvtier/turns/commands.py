@@ -115,9 +115,8 @@ class Commands:
             return RUNNING
         match command:
             case messages.PinCommand(ttl_s=ttl_s):
-                if ttl_s <= waited_s:
-                    return TOO_LATE
-                return self._paused.pin(program, ttl_s - waited_s, now_s)
+                left_s = ttl_s - waited_s
+                return self._paused.pin(program, left_s, now_s) if left_s > 0 else TOO_LATE
             case messages.ReleaseCommand():
                 return self._paused.release(program)
             case messages.StageCommand():

@@ -10,6 +10,7 @@ import pytest
 from kvtier import link_messages as messages
 from kvtier.backend import NoTier
 from kvtier.link_messages import ProgramKey
+from kvtier.policy import PolicyConfig
 from tests.unit.command_cases import AGENT, Rig, agent_turn, override
 from tests.unit.prefetch_cases import ends, in_pieces, loads, paused, step_until_copying
 from tests.unit.program_cases import assert_nothing_held, evict, follow_up, prompt, total, turn
@@ -344,6 +345,14 @@ def test_a_policy_out_of_range_changes_nothing(rig: Rig) -> None:
     assert (answer.outcome, answer.reason) == ("rejected", "out_of_range")
     assert "aging_s" in answer.detail
     assert answer.policy == before
+
+
+def test_no_pin_is_to_last_shorter_than_the_fixed_ttl_as_at_start() -> None:
+    rig = Rig(config=PolicyConfig(fixed_ttl_s=10.0))
+    answer = rig.do(messages.PolicyCommand, max_ttl_s=9.0)
+    assert (answer.outcome, answer.reason) == ("rejected", "out_of_range")
+    assert "ttl_fixed_s=10" in answer.detail
+    assert rig.do(messages.PolicyCommand, max_ttl_s=10.0).outcome == "accepted"
 
 
 @pytest.mark.parametrize("content", ["on", "nonsense"])

@@ -447,6 +447,33 @@ def test_a_renewed_certificate_is_used_without_a_restart(tmp_path: Path) -> None
         call(new)
 
 
+def test_a_certificate_that_could_not_be_read_is_read_with_the_next_handshake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
+    cert, key = old.issue("server")
+    settings = {"tls_cert": str(cert), "tls_key": str(key)}
+    read = type(key).read_bytes
+
+    def fails_for_the_key(path: Path) -> bytes:
+        if path == key:
+            raise PermissionError(13, "not now", str(path))
+        return read(path)
+
+    with Host(tmp_path, listen="127.0.0.1:0", **settings) as host:
+        target = host.listening.tcp_target
+
+        def call(authority: Authority) -> Any:
+            client = Client(host.channel(target, credentials(authority.path)))
+            return client.observability.GetStatus(STATUS, timeout=5)
+
+        new.issue("server")
+        with monkeypatch.context() as patch:
+            patch.setattr(type(key), "read_bytes", fails_for_the_key)
+            call(old)
+        call(new)
+
+
 def test_files_that_cannot_be_used_are_named_with_what_is_accepted(
     tmp_path: Path, tokens: Path
 ) -> None:

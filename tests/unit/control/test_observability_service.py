@@ -273,15 +273,15 @@ def test_a_deferred_command_that_gets_lost_is_told_and_counted(
         reason = "reconnected" if how == "later answer" else how
         assert ends_of(stream, 2) == [("deferred", "not_answered"), ("rejected", reason)]
         if how == "server_stops":
-            assert Refused(lambda: next(stream)).reason == "SERVER_STOPS"
+            refused = Refused(lambda: next(stream))
+            assert refused.reason == "SERVER_STOPS"
+            assert refused.details["RetryInfo"].retry_delay.seconds > 0
             return
     told = {"command": "stage", "outcome": "rejected"}
     assert host.sample("kvtier_control_commands_total", **told) == 1
 
 
-def test_a_command_that_cannot_be_sent_is_told_and_counted(
-    host: Host, engine: FakeEngine
-) -> None:
+def test_a_command_that_cannot_be_sent_is_told_and_counted(host: Host, engine: FakeEngine) -> None:
     engine.knows(program())
     engine.socket.close()
     request = program_pb2.StageProgramRequest(name="agent")
@@ -317,9 +317,15 @@ def test_a_watcher_sees_what_it_asked_for_only(host: Host, engine: FakeEngine) -
 
 
 def test_what_an_engine_could_not_report_is_told_as_lost(host: Host, engine: FakeEngine) -> None:
-    with watching(host, kinds=["decision"]) as stream:
+    with (
+        watching(host) as all_events,
+        watching(host, kinds=["decision"]) as decisions,
+        watching(host, tenant="acme") as tenant,
+    ):
         engine.report(lost=12)
-        assert next(stream).lost == 12
+        assert next(all_events).lost == 12
+        # Whose they were is not known, and how much others do is nobody's business.
+        assert (next(decisions).lost, next(tenant).lost) == (1, 1)
 
 
 def test_what_comes_from_an_engine_that_must_say_hello_first_is_told_as_lost(
