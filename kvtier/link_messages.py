@@ -305,7 +305,10 @@ class Resync(_Message, frozen=True, kw_only=True):
 
 
 class _Command(_Message, frozen=True, kw_only=True):
+    """`asked_s` is when it was asked for, from when its durations count; None from an older server."""
+
     id: int
+    asked_s: float | None = None
 
 
 class _ProgramCommand(_Command, frozen=True, kw_only=True):
@@ -313,7 +316,7 @@ class _ProgramCommand(_Command, frozen=True, kw_only=True):
 
 
 class PinCommand(_ProgramCommand, frozen=True, kw_only=True):
-    """Keep a paused program in GPU memory for `ttl_s` from now."""
+    """Keep a paused program in GPU memory for `ttl_s` from `asked_s` on."""
 
     ttl_s: float
 
@@ -331,7 +334,7 @@ class PrefetchCommand(_ProgramCommand, frozen=True, kw_only=True):
 
 
 class ToolCallCommand(_ProgramCommand, frozen=True, kw_only=True):
-    """The program runs this tool now; expected to take so long, from now."""
+    """The program runs this tool; expected to take so long, from `asked_s` on."""
 
     tool: str
     p50_s: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from typing import TYPE_CHECKING, Final
 
 from kvtier.client.connection import Connection
@@ -57,6 +58,8 @@ class BaseClient:
         )
         self._timeout_s = timeout_s
         self._announcements_fail = False
+        # Threads may share a client: they open one channel.
+        self._opening = threading.Lock()
 
     def _announced(self, what: str, name: str, error: Exception | None) -> None:
         """Log what became of an announcement: one warning when they begin to fail, not one for each."""

@@ -64,7 +64,8 @@ class KVTierClient(BaseClient):
 
     def close(self) -> None:
         """Close the connection, and end all watches. Idempotent; a later call connects anew."""
-        channel, self._channel = self._channel, None
+        with self._opening:
+            channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
 
@@ -351,14 +352,15 @@ class KVTierClient(BaseClient):
     # -- calls -------------------------------------------------------------------------------------
 
     def _opened(self) -> grpc.Channel:
-        if self._channel is None:
-            credentials, options = self.connection.credentials(), self.connection.options()
-            target = self.connection.target
-            if credentials is None:
-                self._channel = grpc.insecure_channel(target, options)
-            else:
-                self._channel = grpc.secure_channel(target, credentials, options)
-        return self._channel
+        with self._opening:
+            if self._channel is None:
+                credentials, options = self.connection.credentials(), self.connection.options()
+                target = self.connection.target
+                if credentials is None:
+                    self._channel = grpc.insecure_channel(target, options)
+                else:
+                    self._channel = grpc.secure_channel(target, credentials, options)
+            return self._channel
 
     def _call(
         self, call: Call[ResponseT, ResultT], timeout_s: float | None, *, retry: bool = True

@@ -57,6 +57,8 @@ class CommandDesk:
         can_wake: Whether somebody can.
         seems_idle: Whether an engine is likely to run no hook by itself.
         deferred: Told of commands whose callers wait no longer.
+        lost: Told of commands that will have no answer.
+        clock: Unix time.
     """
 
     def __init__(
@@ -67,12 +69,16 @@ class CommandDesk:
         can_wake: Callable[[str], bool],
         seems_idle: Callable[[str], bool],
         deferred: Callable[[Pending, link.Answer], None],
+        lost: Callable[[Pending, link.Answer], None],
+        clock: Callable[[], float],
     ) -> None:
         self._send = send
         self._wake = wake
         self._can_wake = can_wake
         self._seems_idle = seems_idle
         self._deferred = deferred
+        self._lost = lost
+        self._clock = clock
         self._ids = itertools.count(1)
         self._pending: dict[str, dict[int, Pending]] = {}
         self._before_hello: dict[str, int] = {}
@@ -97,8 +103,8 @@ class CommandDesk:
         """
         entry = self.post(engine_id, command)
         if entry is None:
-            return _answer(
-                engine_id, command, "rejected", "unreachable", "its link is down just now"
+            return self._lose(
+                Pending(engine_id, command), "unreachable", "its link is down just now"
             )
         patience_s = self.patience_s(engine_id)
         if left_s is not None:
@@ -108,10 +114,8 @@ class CommandDesk:
             async with asyncio.timeout(patience_s):
                 return await entry.future
         except TimeoutError:
-            woken = self._can_wake(engine_id)
-            why = "it has not run a step since" if woken else "it is idle and nobody can wake it"
             answer = _answer(
-                engine_id, command, "deferred", "not_answered", f"done at its next step: {why}"
+                entry, "deferred", "not_answered", f"done at its next step: {self._why(engine_id)}"
             )
             self._deferred(entry, answer)
             return answer
@@ -131,7 +135,7 @@ class CommandDesk:
         pending = self._pending.setdefault(engine_id, {})
         if len(pending) >= MAX_UNANSWERED and self._is_full(engine_id):
             raise EngineBusyError(f"{len(pending)} commands wait for engine {engine_id}")
-        command = msgspec.structs.replace(command, id=next(self._ids))
+        command = msgspec.structs.replace(command, id=next(self._ids), asked_s=self._clock())
         match self._send(engine_id, link.encoder.encode(command)):
             case Sent.FULL:
                 raise EngineBusyError(f"the link to engine {engine_id} is full")
@@ -170,7 +174,7 @@ class CommandDesk:
         self._stop_waking(engine_id)
         self._before_hello.pop(engine_id, None)
         for entry in self._pending.pop(engine_id, {}).values():
-            _reject(entry, reason, detail)
+            self._lose(entry, reason, detail)
 
     def close(self) -> None:
         """Let nobody wait any more."""
@@ -185,7 +189,21 @@ class CommandDesk:
         """The answers to the commands before number `until` will not come any more."""
         pending = self._pending.get(engine_id, {})
         for number in [number for number in pending if number < until]:
-            _reject(pending.pop(number), "reconnected", "its link broke before it answered")
+            self._lose(pending.pop(number), "reconnected", "its link broke before it answered")
+
+    def _lose(self, entry: Pending, reason: str, detail: str) -> link.Answer:
+        """Tell that a command will have no answer: who waits for it, and who follows all of them."""
+        answer = _answer(entry, "rejected", reason, detail)
+        if entry.future is not None and not entry.future.done():
+            entry.future.set_result(answer)
+        self._lost(entry, answer)
+        return answer
+
+    def _why(self, engine_id: str) -> str:
+        """Why an engine may not have answered, as far as that is known."""
+        if self._can_wake(engine_id) or not self._seems_idle(engine_id):
+            return "it has not run one since"
+        return "it was idle when it reported last, and nobody can wake it"
 
     # -- waking --------------------------------------------------------------------------------------
 
@@ -215,14 +233,11 @@ class CommandDesk:
             timer.cancel()
 
 
-def _reject(entry: Pending, reason: str, detail: str) -> None:
-    if entry.future is not None and not entry.future.done():
-        entry.future.set_result(_answer(entry.engine_id, entry.command, "rejected", reason, detail))
-
-
-def _answer(
-    engine_id: str, command: link.Command, outcome: link.Outcome, reason: str, detail: str
-) -> link.Answer:
+def _answer(entry: Pending, outcome: link.Outcome, reason: str, detail: str) -> link.Answer:
     return link.Answer(
-        id=command.id, engine_id=engine_id, outcome=outcome, reason=reason, detail=detail
+        id=entry.command.id,
+        engine_id=entry.engine_id,
+        outcome=outcome,
+        reason=reason,
+        detail=detail,
     )

@@ -37,7 +37,7 @@ class ControlMetrics:
         self._commands = Counter(
             "kvtier_control_commands",
             "What became of commands, by command and outcome; one that was deferred counts again when its "
-            "engine answers.",
+            "engine answers, or cannot any more.",
             ["command", "outcome"],
             registry=self.registry,
         )
@@ -67,7 +67,7 @@ class ControlMetrics:
         self._call_seconds.labels(method).observe(duration_s)
 
     def command(self, command: str, outcome: str) -> None:
-        """An engine has answered, or the caller was told that it will."""
+        """An engine has answered or will not, or the caller was told that it will."""
         self._commands.labels(command, outcome).inc()
 
     def lost_events(self, where: str, count: int) -> None:

@@ -154,6 +154,8 @@ class ControlServer:
         """End all calls and watchers, and remove what is left."""
         self._watching.cancel()
         self._grpc.health.stop()
+        # What has no answer yet has none any more, which watchers are told first.
+        self.link_server.desk.close()
         self.hub.close()
         await self._grpc.stop(STOP_GRACE_S)
         await self._saver.close()
@@ -216,6 +218,11 @@ class ControlServer:
     def deferred(self, pending: Pending, answer: link.Answer) -> None:
         """See `LinkFollower`."""
         self._command_event(pending, answer)
+
+    def command_lost(self, pending: Pending, answer: link.Answer) -> None:
+        """See `LinkFollower`."""
+        # A list of overrides that got lost is sent again, as one that was refused.
+        self.answered(pending, answer)
 
     def link_error(self, kind: str) -> None:
         """See `LinkFollower`."""

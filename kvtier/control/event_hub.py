@@ -44,6 +44,11 @@ class Interest:
     tenant: str | None = None
     by_tenant: bool = False
 
+    @property
+    def is_all(self) -> bool:
+        """Whether the watcher wants every event."""
+        return not self.kinds and self.name is None and not self.by_tenant
+
     def covers(self, kind: str, program: ProgramKey | None) -> bool:
         """Whether the watcher wants this event."""
         if self.kinds and kind not in self.kinds:
@@ -89,7 +94,7 @@ class Watcher(Generic[T]):
         self._changed.set()
 
     def close(self) -> None:
-        """Let the reader end."""
+        """Let the reader end, when it has read what is here."""
         self._closed = True
         self._changed.set()
 
@@ -101,8 +106,6 @@ class Watcher(Generic[T]):
         """
         while True:
             while self._lost or self._items:
-                if self._closed:
-                    raise HubClosedError
                 if self._lost:
                     lost, self._lost = self._lost, 0
                     yield lost
@@ -170,9 +173,12 @@ class EventHub(Generic[T]):
                     self._tell_lost(lost)
 
     def lose(self, count: int) -> None:
-        """Tell all watchers that events were lost before they came here."""
+        """Tell all watchers that events were lost before they came here.
+
+        Nobody knows whose these were: who watches a part is told that there is a hole, and not how much others do.
+        """
         for watcher in self._watchers:
-            watcher.lose(count)
+            watcher.lose(count if watcher.interest.is_all else min(count, 1))
 
     def close(self) -> None:
         """End all watchers."""

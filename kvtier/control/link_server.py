@@ -62,6 +62,9 @@ class LinkFollower(Protocol):
     def deferred(self, pending: Pending, answer: link.Answer) -> None:
         """A command has no answer yet, and its caller is told so."""
 
+    def command_lost(self, pending: Pending, answer: link.Answer) -> None:
+        """A command will have no answer, whether or not anybody waits for one."""
+
     def link_error(self, kind: str) -> None:
         """Something came that is not understood or not wanted."""
 
@@ -104,6 +107,8 @@ class LinkServer:
             can_wake=self.can_wake,
             seems_idle=self._seems_idle,
             deferred=follower.deferred,
+            lost=follower.command_lost,
+            clock=clock,
         )
         self._socket = RouterSocket(path, self.received)
 
@@ -282,7 +287,8 @@ class LinkServer:
             case link.ToolCallCommand():
                 if program := engine.programs.get(command.program):
                     expected_s = command.p50_s
-                    returns_s = None if expected_s is None else self._clock() + expected_s
+                    asked_s = self._clock() if command.asked_s is None else command.asked_s
+                    returns_s = None if expected_s is None else asked_s + expected_s
                     program.tool_called(command.tool, returns_s)
             case link.ToolReturnCommand():
                 if program := engine.programs.get(command.program):

@@ -92,7 +92,8 @@ class Registry:
 
     def engines(self) -> list[EngineRecord]:
         """All engines, in the order of their ids."""
-        return [self._engines[engine_id] for engine_id in sorted(self._engines)]
+        known = self._engines.copy()
+        return [known[engine_id] for engine_id in sorted(known)]
 
     def engine(self, engine_id: str) -> EngineRecord | None:
         """One engine."""
@@ -103,8 +104,8 @@ class Registry:
         return len(self._engines)
 
     def program_count(self) -> int:
-        """Programs of all engines; one that two engines know counts twice."""
-        return sum(len(engine.programs) for engine in self._engines.values())
+        """Programs of all engines; one that two engines know counts twice. May be read from any thread."""
+        return sum(len(engine.programs) for engine in self._engines.copy().values())
 
     def find(self, tenant: str | None, name: str) -> list[tuple[EngineRecord, ProgramPicture]]:
         """A program in each engine that knows it."""

@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 UNKNOWN: Final = Result("missing", "unknown_program", "this engine does not know the program")
 RUNNING: Final = Result("rejected", "running", "a turn of the program is under way")
+TOO_LATE: Final = Result(
+    "rejected", "too_late", "the time asked for was over before the engine ran a step"
+)
 
 
 class Commands:
@@ -102,16 +105,18 @@ class Commands:
         if view is None:
             return UNKNOWN
         program = self._facts.program_handle(program_id)
+        waited_s = _waited_s(command, now_s + offset_s)
         match command:
             case messages.ToolCallCommand():
-                return self._tool_call(command, view, program, now_s)
+                return self._tool_call(command, view, program, now_s, waited_s)
             case messages.EndCommand():
                 return self._end(view, program, now_s)
         if view.active_requests:
             return RUNNING
         match command:
             case messages.PinCommand(ttl_s=ttl_s):
-                return self._paused.pin(program, ttl_s, now_s)
+                left_s = ttl_s - waited_s
+                return self._paused.pin(program, left_s, now_s) if left_s > 0 else TOO_LATE
             case messages.ReleaseCommand():
                 return self._paused.release(program)
             case messages.StageCommand():
@@ -129,26 +134,27 @@ class Commands:
         view: ProgramView,
         program: str,
         now_s: float,
+        waited_s: float,
     ) -> Result:
         curve = announced_curve(command.p50_s, command.p90_s)
         # As the tools of outputs are called, or it would be another one.
         tool = tool_label(command.tool)
-        announcement = Announcement(tool, now_s, curve)
+        announcement = Announcement(tool, now_s - waited_s, curve)
         turns = view.active_requests or view.finished_requests
         self._policy.ttl.announcements.announce(program, turns, announcement)
         if view.active_requests:
             return Result("accepted", "at_turn_end", "counts when the program's turn has ended")
         self._programs.name_tool(view.program, tool)
         median_s = curve.quantile(0.5) if curve is not None else None
-        self._happenings.tool_announced(program, tool, median_s, now_s)
+        self._happenings.tool_announced(program, tool, median_s, announcement.at_s)
         pins = self._pins.of_program(program)
         if not pins:
             return Result("accepted", "noted", "nothing of the program is pinned")
-        told = "; ".join([self._reconsider(pin, announcement) for pin in pins])
+        told = "; ".join([self._reconsider(pin, announcement, now_s) for pin in pins])
         return Result("accepted", "decided_anew", told)
 
-    def _reconsider(self, pin: Pin, announcement: Announcement) -> str:
-        decision = self._pauses.reconsider(pin, announcement, self._read_load())
+    def _reconsider(self, pin: Pin, announcement: Announcement, now_s: float) -> str:
+        decision = self._pauses.reconsider(pin, announcement, self._read_load(), now_s)
         if decision is None:
             return "kept"
         if decision.stage:
@@ -164,8 +170,10 @@ class Commands:
         if decision.action != "pin":
             self._endings.unpin(pin.key, ReleaseCause.COMMAND)
             return f"{decision.action} ({decision.reason})"
-        self._paused.set_deadline(pin, announcement.at_s + decision.ttl_s)
-        return f"pinned for {decision.ttl_s:.3g} s ({decision.reason})"
+        # Where that is past, the pin ends with the next step.
+        deadline_s = announcement.at_s + decision.ttl_s
+        self._paused.set_deadline(pin, deadline_s)
+        return f"pinned for {max(0.0, deadline_s - now_s):.3g} s ({decision.reason})"
 
     def _end(self, view: ProgramView, program: str, now_s: float) -> Result:
         self._programs.end_program(view.program, now_s)
@@ -193,6 +201,11 @@ class Commands:
         if override.tenant is not None:
             return TtlOverride("tenant", bounded_name(override.tenant), mode, ttl_s, expires_s)
         return TtlOverride("all", "", mode, ttl_s, expires_s)
+
+
+def _waited_s(command: messages.Command, unix_s: float) -> float:
+    """For how long a command was on its way: an idle engine takes it in when it next runs a step."""
+    return 0.0 if command.asked_s is None else max(0.0, unix_s - command.asked_s)
 
 
 def _program_id(key: messages.ProgramKey) -> ProgramId:

@@ -85,7 +85,7 @@ class LivePolicy:
                 for budget in command.tenant_budgets or ()
             ]
             fraction = command.pin_budget_fraction
-            _check(fraction, command.max_ttl_s)
+            _check(fraction, command.max_ttl_s, policy.fixed_ttl_s)
         except ValueError as error:
             return "rejected", "out_of_range", str(error)
         mode = self._mode.mode if command.mode is None else Mode(command.mode)
@@ -122,8 +122,13 @@ def _given(**values: object) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _check(fraction: float | None, max_ttl_s: float | None) -> None:
+def _check(fraction: float | None, max_ttl_s: float | None, fixed_ttl_s: float | None) -> None:
     if fraction is not None and not 0.0 <= fraction <= 1.0:
         raise ValueError(f"pin_budget_fraction must be within 0 and 1, not {fraction:g}")
     if max_ttl_s is not None and not 0.0 <= max_ttl_s < float("inf"):
         raise ValueError(f"max_ttl_s must be finite and at least 0, not {max_ttl_s:g}")
+    # As at start.
+    if max_ttl_s is not None and fixed_ttl_s is not None and max_ttl_s < fixed_ttl_s:
+        raise ValueError(
+            f"max_ttl_s must be at least ttl_fixed_s={fixed_ttl_s:g}, not {max_ttl_s:g}"
+        )

@@ -178,11 +178,14 @@ class Pauses:
             "tool": call.tool,
         }
 
-    def reconsider(self, pin: Pin, announcement: Announcement, load: Load) -> Decision | None:
+    def reconsider(
+        self, pin: Pin, announcement: Announcement, load: Load, now_s: float
+    ) -> Decision | None:
         """Decide anew about a pin whose program has said how long it stays away.
 
         Returns:
-            The decision, for `pinned or not and for how long`; None where nothing is known of the turn.
+            The decision, for `pinned or not and for how long`, from the announcement on; None where nothing is
+            known of the turn.
         """
         data = pin.data
         if not isinstance(data, PinnedTurn):
@@ -194,7 +197,7 @@ class Pauses:
                 announcement.tool,
                 tenant=data.tenant,
                 load=load,
-                now_s=announcement.at_s,
+                now_s=now_s,
                 context_tokens=data.n_tokens,
                 reusable_blocks=len(pin.block_ids),
                 prompt_tokens=data.prompt_blocks * self._facts.block_tokens,
@@ -208,7 +211,7 @@ class Pauses:
                 announced=announcement.curve,
             )
         )
-        if data.asked_until_s > announcement.at_s:
+        if data.asked_until_s > now_s:
             # A client has asked for this very time, and the announcement does not undo that.
             decision = replace(
                 decision,

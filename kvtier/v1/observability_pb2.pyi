@@ -493,7 +493,8 @@ class WatchEventsResponse(_message.Message):
     LOST_FIELD_NUMBER: _builtins.int
     lost: _builtins.int
     """Events that are missing here: this watcher read too slowly (4,096 events are kept for it), or an
-    engine could not report all that happened.
+    engine could not report all that happened. Of the latter, who has asked for a part, or is bound to a tenant,
+    is told 1: how many of its own they were is not known.
     """
     @_builtins.property
     def event(self) -> Global___Event: ...

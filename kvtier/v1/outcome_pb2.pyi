@@ -29,9 +29,13 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     OUTCOME_CLIPPED: _Outcome.ValueType  # 2
     """Done in part or within a limit; `CommandResult.detail` says to what."""
     OUTCOME_DEFERRED: _Outcome.ValueType  # 3
-    """Will be done at the engine's next step: it is idle and cannot be woken."""
+    """Will be done at the engine's next step: it has not answered in time, as it is idle and cannot be woken, or
+    in a long step. An event of kind "command" tells what became of it.
+    """
     OUTCOME_REJECTED: _Outcome.ValueType  # 4
-    """Not done; `CommandResult.reason` says why."""
+    """Not done; `CommandResult.reason` says why. Where the answer itself is lost ("reconnected", "engine_gone",
+    "server_stops"), it may have been done.
+    """
     OUTCOME_MISSING: _Outcome.ValueType  # 5
     """There is nothing to do it to: no such KV, pin or tool call."""
 
@@ -46,9 +50,13 @@ OUTCOME_ACCEPTED: Outcome.ValueType  # 1
 OUTCOME_CLIPPED: Outcome.ValueType  # 2
 """Done in part or within a limit; `CommandResult.detail` says to what."""
 OUTCOME_DEFERRED: Outcome.ValueType  # 3
-"""Will be done at the engine's next step: it is idle and cannot be woken."""
+"""Will be done at the engine's next step: it has not answered in time, as it is idle and cannot be woken, or
+in a long step. An event of kind "command" tells what became of it.
+"""
 OUTCOME_REJECTED: Outcome.ValueType  # 4
-"""Not done; `CommandResult.reason` says why."""
+"""Not done; `CommandResult.reason` says why. Where the answer itself is lost ("reconnected", "engine_gone",
+"server_stops"), it may have been done.
+"""
 OUTCOME_MISSING: Outcome.ValueType  # 5
 """There is nothing to do it to: no such KV, pin or tool call."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015

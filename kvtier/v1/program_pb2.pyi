@@ -132,7 +132,8 @@ class ListProgramsRequest(_message.Message):
     """1 to 1000; 0 stands for 100."""
     page_token: _builtins.str
     """`next_page_token` of the answer before, with the same filters. Pages are parts of the list as it was
-    when it was begun, less what is gone since or does not match any more; good for 10 minutes.
+    when it was begun, less what is gone since or does not match any more; good for 10 minutes, or until 128 lists that were begun or read later, of any
+    caller, need the room.
     """
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[Global___ProgramState.ValueType]:
@@ -418,7 +419,7 @@ class AnnounceToolCallRequest(_message.Message):
     """At most 256 bytes of printable text."""
     request_id: _builtins.str
     """Chosen by the client: a repeated call with the same id (at most 128 bytes) is answered as the first,
-    and done once, for 10 minutes. The same id with other content is INVALID_ARGUMENT; a call that failed
+    and done once, for 10 minutes, or until 8,192 later ones, of any caller, need the room. The same id with other content is INVALID_ARGUMENT; a call that failed
     may be repeated with its id. Ids are of one method and one tenant-bound token: a tool call's id may
     serve for its announcement and its return. Empty: no such promise.
     """

@@ -111,7 +111,9 @@ class ProgramServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PinProgram(self, request, context):
-        """Keeps a paused program's KV in GPU memory for a while, from now. An announced tool does not shorten that.
+        """Keeps a paused program's KV in GPU memory for a while, from now: the time that a deferred command waits
+        for its engine counts, and one that waited for longer is rejected as "too_late". (An engine of a version
+        older than the server's counts from when it takes the command in.) An announced tool does not shorten that.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,7 +44,10 @@ class ProgramServiceStub:
     GetProgram: _grpc.UnaryUnaryMultiCallable[_program_pb2.GetProgramRequest, _program_pb2.GetProgramResponse]
     """Returns one program; NOT_FOUND where no engine knows it."""
     PinProgram: _grpc.UnaryUnaryMultiCallable[_program_pb2.PinProgramRequest, _program_pb2.PinProgramResponse]
-    """Keeps a paused program's KV in GPU memory for a while, from now. An announced tool does not shorten that."""
+    """Keeps a paused program's KV in GPU memory for a while, from now: the time that a deferred command waits
+    for its engine counts, and one that waited for longer is rejected as "too_late". (An engine of a version
+    older than the server's counts from when it takes the command in.) An announced tool does not shorten that.
+    """
     ReleaseProgram: _grpc.UnaryUnaryMultiCallable[_program_pb2.ReleaseProgramRequest, _program_pb2.ReleaseProgramResponse]
     """Gives up a paused program's KV in GPU memory, and stops a prefetch of it; its copy in the CPU tier stays."""
     StageProgram: _grpc.UnaryUnaryMultiCallable[_program_pb2.StageProgramRequest, _program_pb2.StageProgramResponse]
@@ -76,7 +79,10 @@ class ProgramServiceAsyncStub(ProgramServiceStub):
     GetProgram: _aio.UnaryUnaryMultiCallable[_program_pb2.GetProgramRequest, _program_pb2.GetProgramResponse]  # type: ignore[assignment]
     """Returns one program; NOT_FOUND where no engine knows it."""
     PinProgram: _aio.UnaryUnaryMultiCallable[_program_pb2.PinProgramRequest, _program_pb2.PinProgramResponse]  # type: ignore[assignment]
-    """Keeps a paused program's KV in GPU memory for a while, from now. An announced tool does not shorten that."""
+    """Keeps a paused program's KV in GPU memory for a while, from now: the time that a deferred command waits
+    for its engine counts, and one that waited for longer is rejected as "too_late". (An engine of a version
+    older than the server's counts from when it takes the command in.) An announced tool does not shorten that.
+    """
     ReleaseProgram: _aio.UnaryUnaryMultiCallable[_program_pb2.ReleaseProgramRequest, _program_pb2.ReleaseProgramResponse]  # type: ignore[assignment]
     """Gives up a paused program's KV in GPU memory, and stops a prefetch of it; its copy in the CPU tier stays."""
     StageProgram: _aio.UnaryUnaryMultiCallable[_program_pb2.StageProgramRequest, _program_pb2.StageProgramResponse]  # type: ignore[assignment]
@@ -123,7 +129,10 @@ class ProgramServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _program_pb2.PinProgramRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_program_pb2.PinProgramResponse, _abc.Awaitable[_program_pb2.PinProgramResponse]]:
-        """Keeps a paused program's KV in GPU memory for a while, from now. An announced tool does not shorten that."""
+        """Keeps a paused program's KV in GPU memory for a while, from now: the time that a deferred command waits
+        for its engine counts, and one that waited for longer is rejected as "too_late". (An engine of a version
+        older than the server's counts from when it takes the command in.) An announced tool does not shorten that.
+        """
 
     @_abc_1.abstractmethod
     def ReleaseProgram(

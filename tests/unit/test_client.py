@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -69,6 +69,27 @@ def test_each_call_reaches_its_method(
 ) -> None:
     CALLS[method][0](client)
     assert [call.method for call in server.asked] == [method]
+
+
+def test_threads_that_call_first_at_the_same_time_share_a_channel(
+    client: KVTierClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[grpc.Channel] = []
+    second = threading.Thread(target=client.get_status)
+    insecure_channel = grpc.insecure_channel
+
+    def slowly(*given: Any) -> grpc.Channel:
+        if threading.current_thread() is not second:
+            # The second one calls while the first one opens, and waits for that.
+            second.start()
+            second.join(0.3)
+        opened.append(insecure_channel(*given))
+        return opened[-1]
+
+    monkeypatch.setattr(grpc, "insecure_channel", slowly)
+    client.get_status()
+    second.join(20)
+    assert len(opened) == 1
 
 
 @pytest.mark.parametrize("method", list(CALLS))

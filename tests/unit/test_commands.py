@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from kvtier import link_messages as messages
 from kvtier.backend import NoTier
 from kvtier.link_messages import ProgramKey
+from kvtier.policy import PolicyConfig
 from tests.unit.command_cases import AGENT, Rig, agent_turn, override
 from tests.unit.prefetch_cases import ends, in_pieces, loads, paused, step_until_copying
 from tests.unit.program_cases import assert_nothing_held, evict, follow_up, prompt, total, turn
@@ -43,6 +45,21 @@ def test_a_pin_longer_than_allowed_is_clipped(rig: Rig) -> None:
     answer = rig.do(messages.PinCommand, ttl_s=1e6)
     assert (answer.outcome, answer.reason) == ("clipped", "max_ttl")
     assert rig.left_s() == pytest.approx(600.0)
+
+
+def test_a_pin_lasts_from_when_it_was_asked_for(rig: Rig) -> None:
+    """An idle engine that nobody can wake takes a command in with its next step."""
+    agent_turn(rig)
+    left_s = rig.left_s()
+    answer = rig.do(messages.PinCommand, ttl_s=60.0, asked_s=time.time() - 61.0)
+    assert (answer.outcome, answer.reason) == ("rejected", "too_late")
+    assert rig.left_s() == pytest.approx(left_s, abs=1.0)
+    answer = rig.do(messages.PinCommand, ttl_s=340.0, asked_s=time.time() - 100.0)
+    assert (answer.outcome, answer.reason) == ("accepted", "pinned")
+    assert rig.left_s() == pytest.approx(240.0, abs=20.0)
+    # A clock that was set back makes nothing longer.
+    rig.do(messages.PinCommand, ttl_s=60.0, asked_s=time.time() + 1000.0)
+    assert rig.left_s() == pytest.approx(60.0)
 
 
 def test_release_frees_the_blocks_of_an_idle_engine_at_once(rig: Rig) -> None:
@@ -234,6 +251,20 @@ def test_an_announced_tool_names_the_pause(rig: Rig) -> None:
     assert rig.engine.half.policy.ttl._gaps.n_tools == 1
 
 
+def test_an_announced_duration_counts_from_when_it_was_said(rig: Rig) -> None:
+    agent_turn(rig)
+    # What was asked for stays, whatever is announced.
+    rig.do(messages.PinCommand, ttl_s=400.0)
+    left_s = rig.left_s()
+    rig.do(messages.ToolCallCommand, tool="bash", p50_s=5.0, asked_s=time.time() - 100.0)
+    (pin,) = rig.pins
+    assert rig.engine.now_s - pin.data.announced_s == pytest.approx(100.0, abs=20.0)
+    assert rig.left_s() == pytest.approx(left_s, abs=1.0)
+    noted = rig.engine.half.policy.ttl.announcements.of(pin.program, "r1")
+    assert noted is not None
+    assert noted.at_s == pin.data.announced_s
+
+
 def test_a_tool_announced_during_the_turn_counts_at_its_end(rig: Rig) -> None:
     request = turn("r1", prompt(30), session="agent")
     rig.engine.add(request)
@@ -314,6 +345,14 @@ def test_a_policy_out_of_range_changes_nothing(rig: Rig) -> None:
     assert (answer.outcome, answer.reason) == ("rejected", "out_of_range")
     assert "aging_s" in answer.detail
     assert answer.policy == before
+
+
+def test_no_pin_is_to_last_shorter_than_the_fixed_ttl_as_at_start() -> None:
+    rig = Rig(config=PolicyConfig(fixed_ttl_s=10.0))
+    answer = rig.do(messages.PolicyCommand, max_ttl_s=9.0)
+    assert (answer.outcome, answer.reason) == ("rejected", "out_of_range")
+    assert "ttl_fixed_s=10" in answer.detail
+    assert rig.do(messages.PolicyCommand, max_ttl_s=10.0).outcome == "accepted"
 
 
 @pytest.mark.parametrize("content", ["on", "nonsense"])

@@ -5,7 +5,7 @@ Services raise `ApiError`; `call_gate` makes a status of it. Every error has an 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from grpc import aio
 
 DOMAIN: Final = "kvtier.v1"
-NO_ENGINE_RETRY_S: Final = 1
+RETRY_S: Final = 1
 
 
 class ApiError(Exception):
@@ -87,11 +87,14 @@ def engine_not_found(engine_id: str) -> ApiError:
     return not_found("Engine", engine_id, f"there is no engine {engine_id!r}")
 
 
+def _retry() -> Message:
+    delay = duration_pb2.Duration(seconds=RETRY_S)
+    return cast("Message", error_details_pb2.RetryInfo(retry_delay=delay))
+
+
 def no_engine() -> ApiError:
     """No engine is connected: none runs, or this server has just started."""
-    detail = error_details_pb2.RetryInfo(
-        retry_delay=duration_pb2.Duration(seconds=NO_ENGINE_RETRY_S)
-    )
+    detail = _retry()
     message = "no engine is connected; one that runs connects within a step"
     return ApiError(grpc.StatusCode.UNAVAILABLE, message, "NO_ENGINE", detail)
 
@@ -110,8 +113,10 @@ def incompatible_engine(engine_id: str, version: str) -> ApiError:
 
 
 def stopping() -> ApiError:
-    """The server ends."""
-    return ApiError(grpc.StatusCode.UNAVAILABLE, "the control server stops", "SERVER_STOPS")
+    """The server ends; engines that run start another one."""
+    detail = _retry()
+    message = "the control server stops"
+    return ApiError(grpc.StatusCode.UNAVAILABLE, message, "SERVER_STOPS", detail)
 
 
 def exhausted(message: str, reason: str, subject: str) -> ApiError:

@@ -181,12 +181,14 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
             stamp = _stamp(paths)
             if stamp == seen[0]:
                 return None
-            seen[0] = stamp
-            logger.info("the TLS files have changed and are read again")
-            return configuration()
+            found = configuration()
         except OSError:
+            # With the next handshake again.
             logger.exception("the TLS files cannot be read; those of before are used")
             return None
+        seen[0] = stamp
+        logger.info("the TLS files have changed and are read again")
+        return found
 
     return grpc.dynamic_ssl_server_credentials(
         configuration(), renewed, require_client_authentication=ca is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
@@ -21,7 +22,7 @@ MAX_CALLS: Final = 8192
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Call(Generic[T]):
-    content: bytes
+    digest: bytes
     task: asyncio.Task[T]
     made_s: float
 
@@ -60,14 +61,16 @@ class RepeatableCalls(Generic[T]):
                 raises.
         """
         self._forget_old()
+        # What is kept must be short, however long the request is.
+        digest = hashlib.sha256(content).digest()
         call = self._calls.get(key)
         if call is None:
             task = asyncio.create_task(do())
-            call = self._calls[key] = _Call(content, task, self._clock())
+            call = self._calls[key] = _Call(digest, task, self._clock())
             task.add_done_callback(lambda done: self._done(key, done))
             if len(self._calls) > self._max_calls:
                 self._calls.popitem(last=False)
-        elif call.content != content:
+        elif call.digest != digest:
             raise invalid_argument(
                 [("request_id", "came before with another content; accepted is a new id")]
             )

@@ -219,6 +219,8 @@ class ProgramService(program_pb2_grpc.ProgramServiceServicer):
             return await self._command(tenant, name, make)
         content = copy.copy(request)
         content.ClearField("request_id")
+        # What is not understood makes no other request of it.
+        content.DiscardUnknownFields()
         return await self._announced.run(
             (method, current_caller().tenant or "", request.request_id),
             content.SerializeToString(deterministic=True),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import grpc
 from google.protobuf import descriptor_pool, message_factory
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NOBODY = "nobody"
 UNARY_METHODS = 17
@@ -49,6 +54,24 @@ def call_every_unary_method(channel: grpc.Channel) -> dict[str, grpc.StatusCode]
             else:
                 found[method.name] = grpc.StatusCode.OK
     return found
+
+
+def watch_an_event(channel: grpc.Channel, happen: Callable[[], None]) -> Any:
+    """The first event of kvtier's streaming method, once it has begun and something has happened."""
+    pool = descriptor_pool.DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
+    service = pool.FindServiceByName("kvtier.v1.ObservabilityService")
+    (method,) = (method for method in service.methods if method.server_streaming)
+    call = channel.unary_stream(
+        f"/{service.full_name}/{method.name}",
+        request_serializer=lambda message: message.SerializeToString(),
+        response_deserializer=message_factory.GetMessageClass(method.output_type).FromString,
+    )
+    stream = call(message_factory.GetMessageClass(method.input_type)(), timeout=20)
+    stream.initial_metadata()
+    happen()
+    found = next(stream)
+    stream.cancel()
+    return found.event
 
 
 def expected_of(method: str) -> grpc.StatusCode:

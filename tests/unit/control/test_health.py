@@ -18,7 +18,12 @@ from kvtier import link_messages as link
 from kvtier.control.api.grpc_server import SERVICES
 from kvtier.v1 import observability_pb2
 from tests.unit.control.control_host import GAUGES, Host, Refused, in_background
-from tests.unit.control.strangers import UNARY_METHODS, call_every_unary_method, expected_of
+from tests.unit.control.strangers import (
+    UNARY_METHODS,
+    call_every_unary_method,
+    expected_of,
+    watch_an_event,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,6 +117,13 @@ def test_a_stranger_may_call_every_method_that_it_finds(host: Host, engine: Fake
     found = call_every_unary_method(host.channel())
     assert len(found) == UNARY_METHODS
     assert found == {method: expected_of(method) for method in found}
+
+
+def test_a_stranger_may_watch_what_happens(host: Host, engine: FakeEngine) -> None:
+    bye = link.EngineBye(engine_id="engine-0")
+    event = watch_an_event(host.channel(), lambda: engine.send(bye))
+    assert (event.kind, event.engine_id) == ("engine", "engine-0")
+    assert event.fields["change"] == "gone"
 
 
 def test_metrics_are_served_on_their_own_address(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -144,6 +145,25 @@ def test_an_answer_that_nobody_asked_for_is_counted_and_ignored(
     engine.send(link.Answer(id=99_999, engine_id="engine-0", outcome="accepted", reason="x"))
     engine.settle()
     assert errors(host, "stray_answer") == 1
+
+
+# -- versions ----------------------------------------------------------------------------------------
+
+
+class OlderPin(msgspec.Struct, tag="PinCommand", frozen=True, kw_only=True, omit_defaults=True):
+    """Before commands said when they were asked for."""
+
+    id: int
+    program: link.ProgramKey
+    ttl_s: float
+
+
+def test_an_older_peer_understands_commands_and_is_understood() -> None:
+    newer = link.PinCommand(id=3, asked_s=1.5, program=program(), ttl_s=60.0)
+    older = OlderPin(id=3, program=program(), ttl_s=60.0)
+    assert msgspec.msgpack.decode(link.encoder.encode(newer), type=OlderPin) == older
+    taken = link.engine_decoder.decode(link.encoder.encode(older))
+    assert taken == link.PinCommand(id=3, program=program(), ttl_s=60.0)
 
 
 # -- nonsense ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import msgspec
+import pytest
 
 from kvtier import link_messages as link
 from kvtier.control import event_hub
@@ -245,6 +246,58 @@ def test_commands_are_told_with_what_became_of_them(host: Host, engine: FakeEngi
     }
 
 
+def ends_of(stream: Any, count: int) -> list[tuple[str, str]]:
+    found = [next(stream).event.fields for _ in range(count)]
+    return [(fields["outcome"], fields["reason"]) for fields in found]
+
+
+@pytest.mark.parametrize("how", ["reconnected", "later answer", "engine_gone", "server_stops"])
+def test_a_deferred_command_that_gets_lost_is_told_and_counted(
+    host: Host, engine: FakeEngine, how: str
+) -> None:
+    engine.knows(program())
+    request = program_pb2.StageProgramRequest(name="agent")
+    with watching(host, kinds=["command"], name="agent") as stream:
+        (found,) = host.client.programs.StageProgram(request).results
+        assert found.outcome == outcome_pb2.OUTCOME_DEFERRED
+        match how:
+            case "reconnected":
+                host.engine().join()
+            case "later answer":
+                engine.next(link.StageCommand)
+                engine.settle()
+            case "engine_gone":
+                engine.send(link.EngineBye(engine_id="engine-0"))
+            case _:
+                host.stop()
+        reason = "reconnected" if how == "later answer" else how
+        assert ends_of(stream, 2) == [("deferred", "not_answered"), ("rejected", reason)]
+        if how == "server_stops":
+            refused = Refused(lambda: next(stream))
+            assert refused.reason == "SERVER_STOPS"
+            assert refused.details["RetryInfo"].retry_delay.seconds > 0
+            return
+    told = {"command": "stage", "outcome": "rejected"}
+    assert host.sample("kvtier_control_commands_total", **told) == 1
+
+
+def test_a_command_that_cannot_be_sent_is_told_and_counted(host: Host, engine: FakeEngine) -> None:
+    engine.knows(program())
+    engine.socket.close()
+    request = program_pb2.StageProgramRequest(name="agent")
+
+    def reason() -> str:
+        (found,) = host.client.programs.StageProgram(request).results
+        return str(found.reason)
+
+    with watching(host, kinds=["command"], name="agent") as stream:
+        wait_until(lambda: reason() == "unreachable", "the server knows that the link is down")
+        while ends_of(stream, 1) != [("rejected", "unreachable")]:
+            pass
+    told = {"command": "stage", "outcome": "rejected"}
+    assert host.sample("kvtier_control_commands_total", **told) == 1
+
+
 def test_a_watcher_sees_what_it_asked_for_only(host: Host, engine: FakeEngine) -> None:
     events = [
         decided(name, tenant, f"{name}-{tenant}")
@@ -264,9 +317,15 @@ def test_a_watcher_sees_what_it_asked_for_only(host: Host, engine: FakeEngine) -
 
 
 def test_what_an_engine_could_not_report_is_told_as_lost(host: Host, engine: FakeEngine) -> None:
-    with watching(host, kinds=["decision"]) as stream:
+    with (
+        watching(host) as all_events,
+        watching(host, kinds=["decision"]) as decisions,
+        watching(host, tenant="acme") as tenant,
+    ):
         engine.report(lost=12)
-        assert next(stream).lost == 12
+        assert next(all_events).lost == 12
+        # Whose they were is not known, and how much others do is nobody's business.
+        assert (next(decisions).lost, next(tenant).lost) == (1, 1)
 
 
 def test_what_comes_from_an_engine_that_must_say_hello_first_is_told_as_lost(

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import msgspec
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
@@ -222,6 +223,7 @@ def test_an_idle_engine_that_nobody_wakes_answers_deferred_and_does_it_later(
         program_pb2.ReleaseProgramRequest(**NAME)
     ).results
     assert found.outcome == outcome_pb2.OUTCOME_DEFERRED
+    assert found.detail.endswith("it was idle when it reported last, and nobody can wake it")
     told = {"command": "release", "outcome": "deferred"}
     assert host.sample("kvtier_control_commands_total", **told) == 1
     # The command is still there, and its late answer harms nobody.
@@ -232,6 +234,33 @@ def test_an_idle_engine_that_nobody_wakes_answers_deferred_and_does_it_later(
         lambda: not host.call(lambda: desk.unanswered("engine-0")),
         "the answers to both commands are in",
     )
+
+
+def test_an_engine_in_a_long_step_is_not_called_idle(host: Host, engine: FakeEngine) -> None:
+    engine.knows(program())
+    engine.report(gauges=msgspec.structs.replace(GAUGES, running_requests=1))
+    request = program_pb2.ReleaseProgramRequest(**NAME)
+    (found,) = host.client.programs.ReleaseProgram(request).results
+    assert found.outcome == outcome_pb2.OUTCOME_DEFERRED
+    assert found.detail == "done at its next step: it has not run one since"
+
+
+def test_a_command_says_when_it_was_asked_for(host: Host, engine: FakeEngine) -> None:
+    engine.knows(program())
+    before_s = time.time()
+    client = host.client
+    client.programs.AnnounceToolCall(
+        program_pb2.AnnounceToolCallRequest(**NAME, tool="bash", duration=Duration(seconds=600))
+    )
+    after_s = time.time()
+    command = engine.next(link.ToolCallCommand)
+    assert command.asked_s is not None
+    assert before_s <= command.asked_s <= after_s
+    engine.answer(command)
+    engine.settle()
+    (found,) = client.programs.GetProgram(program_pb2.GetProgramRequest(**NAME)).programs
+    returns_s = found.predicted_return_at.ToNanoseconds() / 1e9
+    assert returns_s == pytest.approx(command.asked_s + 600.0, abs=1e-3)
 
 
 def test_a_callers_short_deadline_is_answered_in_time_and_not_exceeded(
@@ -376,6 +405,28 @@ def test_a_repeated_announcement_is_done_once_and_answered_alike(
     refused = Refused(lambda: call(request))
     assert refused.code == grpc.StatusCode.INVALID_ARGUMENT
     assert list(refused.fields) == ["request_id"]
+
+
+def test_of_a_repeatable_call_little_is_kept_however_long_it_is(
+    host: Host, engine: FakeEngine
+) -> None:
+    engine.knows(program())
+    client = host.client
+
+    def announce(unknown: bytes) -> Any:
+        request = program_pb2.AnnounceToolCallRequest(**NAME, tool="bash", request_id="id-1")
+        # Field 1000, bytes: no field of this message.
+        size = len(unknown)
+        length = bytes([size & 127 | 128, size >> 7 & 127 | 128, size >> 14])
+        request.MergeFromString(b"\xc2\x3e" + length + unknown)
+        return client.programs.AnnounceToolCall(request)
+
+    result = in_background(lambda: announce(b"x" * 1_000_000))
+    engine.answer(engine.next(link.ToolCallCommand))
+    # What the server does not understand makes no other call of it.
+    assert announce(b"y" * 500_000) == result()
+    kept = host.server._grpc.programs._announced._calls
+    assert [len(call.digest) for call in kept.values()] == [32]
 
 
 def test_a_call_that_failed_may_be_repeated_with_its_id(host: Host, engine: FakeEngine) -> None:

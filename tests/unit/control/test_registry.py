@@ -214,6 +214,25 @@ def test_tenants_with_the_same_name_are_two_programs() -> None:
     assert picture_of(registry).turns == 1
 
 
+class Changing(dict[str, Any]):
+    """Changes whenever it is looked through: another thread is at work."""
+
+    def __getitem__(self, key: str) -> Any:
+        raise KeyError(key)
+
+    def values(self) -> Any:
+        for value in super().values():
+            self[f"new-{len(self)}"] = value
+            yield value
+
+
+def test_engines_and_programs_can_be_counted_from_another_thread() -> None:
+    registry = registry_with_engine()
+    registry._engines = Changing(registry._engines)
+    assert [engine.engine_id for engine in registry.engines()] == ["engine-0"]
+    assert registry.program_count() == 0
+
+
 def test_more_engines_than_fit_are_refused_and_change_nothing() -> None:
     registry = Registry(max_engines=1)
     registry.hello(hello(), NOW_S)

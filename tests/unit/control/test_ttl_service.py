@@ -13,7 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from kvtier import link_messages as link
 from kvtier.control import override_book
-from kvtier.v1 import ttl_pb2
+from kvtier.v1 import program_pb2, ttl_pb2
 from tests.unit.control.control_host import Host, Refused, in_background, program, wait_until
 
 if TYPE_CHECKING:
@@ -86,6 +86,18 @@ def test_one_list_at_a_time_is_on_its_way_to_an_engine_and_the_next_is_the_newes
     engine.answer(second)
     engine.settle()
     assert engine.says_nothing()
+
+
+def test_a_list_whose_answer_is_lost_is_sent_again(host: Host, engine: FakeEngine) -> None:
+    engine.knows(program())
+    set_one(host, SCOPES["all"])
+    engine.next(link.OverridesCommand)
+    request = program_pb2.EndProgramRequest(name="agent")
+    result = in_background(lambda: host.client.programs.EndProgram(request))
+    # An answer tells that those before it will not come.
+    engine.answer(engine.next(link.EndCommand))
+    result()
+    assert len(engine.next(link.OverridesCommand).overrides) == 1
 
 
 def test_an_answer_to_an_older_list_does_not_count_for_the_newest(
