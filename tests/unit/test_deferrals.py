@@ -267,9 +267,12 @@ class CheckedController(AdmissionController[str]):
         type(self).spared += 1
         if not is_checked:
             return True
-        verdict = decided.decide(request_id, 0, self._now_s)
-        assert verdict.reason == "older_waiting"
         mine, theirs = self._waiting[request_id], decided._waiting[request_id]
+        # What it needed when it was asked for: with less it may be one of those that wait for nobody.
+        verdict = decided.decide(
+            request_id, theirs.needed_blocks, self._now_s, lacks_room=theirs.lacks_room
+        )
+        assert verdict.reason == "older_waiting"
         assert (mine.asked, mine.asked_scan) == (theirs.asked, theirs.asked_scan)
         assert mine.in_heaps == theirs.in_heaps
         return True

@@ -62,7 +62,9 @@ def test_an_update_sends_what_the_mask_names_and_shows_what_came_of_it(
     request = update(["pin_budget_fraction", "max_ttl"], **ALL_FIELDS)
     result = in_background(lambda: host.client.policy.UpdatePolicy(request))
     command = engine.next(link.PolicyCommand)
-    assert command == link.PolicyCommand(id=command.id, pin_budget_fraction=0.25, max_ttl_s=60.0)
+    assert command == link.PolicyCommand(
+        id=command.id, asked_s=command.asked_s, pin_budget_fraction=0.25, max_ttl_s=60.0
+    )
     now = msgspec.structs.replace(POLICY, pin_budget_fraction=0.25, max_ttl_s=60.0)
     engine.answer(command, policy=now)
     answer = result()
@@ -79,6 +81,7 @@ def test_every_field_can_be_updated(host: Host, engine: FakeEngine) -> None:
     command = engine.next(link.PolicyCommand)
     assert command == link.PolicyCommand(
         id=command.id,
+        asked_s=command.asked_s,
         mode="shadow",
         pin_budget_fraction=0.25,
         max_ttl_s=60.0,
