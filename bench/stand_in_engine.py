@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import zmq
 
 from kvtier import link_messages as link
-from kvtier.control import processes
 from kvtier.control.files import ControlFiles
+from kvtier.server import processes
 
 REPORT_INTERVAL_S: Final = 0.1
 _ENGINE: Final = "stand-in"
