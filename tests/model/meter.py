@@ -68,7 +68,8 @@ class Meter:
                 continue
             taken = self._taken.get(key, 0.0)
             more = _rest(pins.get(key), now_s) - _rest(self._pins.get(key), now_s)
-            if more < 0.0:
+            if more <= 0.0:
+                # One that ended in the transition in which its time was up, too: it may have ended first.
                 back = _rest(self._pins.get(key), self._then_s) - _rest(pins.get(key), self._then_s)
                 more = -min(max(0.0, back), taken)
             self._left[tenant] -= more
