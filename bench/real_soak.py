@@ -24,58 +24,43 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.process_memory import Memory, growth
 from kvtier.client import ControlError
-from kvtier.control.files import ControlFiles
 from kvtier.operator.chaos_faults import FAULTS, SERVER_NAME
-from kvtier.server.files import ServerFiles
 from tests.engine.served import serving
 from tests.engine.tier_probe import server_status
 from tests.engine.tiny_model import write_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from kvtier.client import EngineStatus
     from tests.engine.served import Served
 
 N_BLOCKS: Final = 200
 SETTINGS: Final = {"kvtier.dram_gb": 0.05, "kvtier.control_grace_s": 5.0}
-SAMPLE_S: Final = 5.0
 HOLD_S: Final = 8.0
 JUDGED_MINUTES: Final = 20.0
 MOST_MIB_PER_HOUR: Final = 4.0
 """The upper end of the 95 % interval of a process's slope."""
-FEWEST_SAMPLES: Final = 24
 SETTLE_S: Final = 90.0
 FAULTS_SHARE: Final = 0.5
 """Of the time; the rest is at least `JUDGED_MINUTES` of the default hour."""
 MAX_TURNS: Final = 9
 TOOLS: Final = ("bash", "search", "edit")
-_MIB: Final = 1 << 20
 _FILE: Final[dict[str, Any]] = {"metavar": "FILE", "dir_okay": False}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Private memory of one process; `at_s` is counted from the beginning."""
-
-    at_s: float
-    pid: int
-    anon_bytes: int
 
 
 class Agents:
@@ -132,87 +117,6 @@ class Agents:
             self.programs += 1
         self._served.contexts.pop(name, None)
         self._served.turns.pop(name, None)
-
-
-class Memory:
-    """Samples the processes' private memory in a thread, while the context lasts."""
-
-    def __init__(self, run_dir: Path, engine_pid: int) -> None:
-        self._run_dir = run_dir
-        self._engine = psutil.Process(engine_pid)
-        self._began_s = time.monotonic()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="memory")
-        self.samples: dict[str, list[Sample]] = defaultdict(list)
-
-    def __enter__(self) -> dict[str, list[Sample]]:
-        """Begin; what is sampled comes into the value."""
-        self._thread.start()
-        return self.samples
-
-    def __exit__(self, *_: object) -> None:
-        """End."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(SAMPLE_S):
-            at_s = time.monotonic() - self._began_s
-            for role, pid in self._processes():
-                with suppress(OSError, psutil.Error):
-                    self.samples[role].append(Sample(at_s, pid, anon_bytes(pid)))
-
-    def _processes(self) -> Iterator[tuple[str, int]]:
-        parent = self._engine.parent()
-        if parent is not None:
-            yield "API server", parent.pid
-        yield "engine", self._engine.pid
-        for i, child in enumerate(self._engine.children()):
-            yield f"worker {i}", child.pid
-        server = ServerFiles(self._run_dir, SERVER_NAME).read_record()
-        if server is not None and server.server is not None and server.server.alive():
-            yield "LMCache server", server.server.pid
-        control = ControlFiles(self._run_dir).read_record()
-        if control is not None:
-            yield "control server", control.pid
-
-
-def anon_bytes(pid: int) -> int:
-    """Private memory of a process: without files and without the tier's shared memory."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) << 10
-    raise ProcessLookupError(pid)
-
-
-def growth(samples: list[Sample]) -> dict[str, Any]:
-    """The slope of the longest life of a process, in MiB an hour, with its 95 % interval."""
-    from scipy import stats  # noqa: PLC0415 - slow to load
-
-    lives: dict[int, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        lives[sample.pid].append(sample)
-    longest = max(lives.values(), key=len)
-    judged = longest[len(longest) // 3 :]
-    found: dict[str, Any] = {
-        "lives": len(lives),
-        "minutes": (longest[-1].at_s - longest[0].at_s) / 60,
-        "first_mib": longest[0].anon_bytes / _MIB,
-        "settled_mib": judged[0].anon_bytes / _MIB,
-        "last_mib": longest[-1].anon_bytes / _MIB,
-    }
-    if len(judged) < FEWEST_SAMPLES:
-        return found
-    line = stats.linregress(
-        [sample.at_s / 3600 for sample in judged], [sample.anon_bytes / _MIB for sample in judged]
-    )
-    half = float(stats.t.ppf(0.975, len(judged) - 2)) * float(line.stderr)
-    slope = float(line.slope)
-    return found | {
-        "mib_per_hour": slope,
-        "low_per_hour": slope - half,
-        "high_per_hour": slope + half,
-    }
 
 
 def break_things(
