@@ -12,6 +12,7 @@ names it and belongs into the cache keys.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -104,6 +105,7 @@ class KVLayout:
         spec_of: dict[Plane, str] = {}
         counts: set[int] = set()
         devices: set[torch.device] = set()
+        any_in_pieces = False
         for name, tensor in kv_caches.items():
             if not isinstance(tensor, torch.Tensor):
                 msg = (
@@ -111,7 +113,8 @@ class KVLayout:
                     "(Mamba) layers of hybrid models are not supported"
                 )
                 raise KVLayoutError(msg)
-            layer_planes, count, spec = _planes_of(name, tensor, num_blocks)
+            layer_planes, count, spec, in_pieces = _planes_of(name, tensor, num_blocks)
+            any_in_pieces |= in_pieces
             storage = tensor.untyped_storage()
             counts.add(count)
             devices.add(tensor.device)
@@ -130,7 +133,14 @@ class KVLayout:
             )
             raise KVLayoutError(msg)
         (count,), (device,) = counts, devices
-        merged = _coalesce(planes, count)
+        order = _order_within_block([plane for plane, _ in planes])
+        merged = _coalesce([planes[i] for i in order], count)
+        if any_in_pieces and len(merged) > len(specs):
+            msg = "the layers' blocks are not contiguous, each by itself or all together"
+            raise KVLayoutError(msg)
+        if order != sorted(order):
+            # Slots have this order too, and only engines with the same one may share them.
+            specs.append(f"order.{hashlib.sha256(repr(order).encode()).hexdigest()[:16]}")
         plane_bytes = [str(p.block_bytes) for p, _ in merged]
         return cls(
             planes=tuple(p for p, _ in merged),
@@ -186,8 +196,8 @@ def _block_axis(name: str, shape: Sequence[int], num_blocks: int | None) -> int:
 
 def _planes_of(
     name: str, tensor: torch.Tensor, num_blocks: int | None
-) -> tuple[list[Plane], int, str]:
-    """Planes, block count and a text for the fingerprint of one layer's tensor."""
+) -> tuple[list[Plane], int, str, bool]:
+    """Planes of one layer's tensor, block count, a text for the fingerprint, whether a block is in pieces."""
     shape, strides = tuple(tensor.shape), tensor.stride()
     if len(shape) < _MIN_DIMS or 0 in shape:
         msg = f"KV cache {name!r} has shape {shape}; [NB, ...] or [2, NB, ...] is needed"
@@ -204,10 +214,13 @@ def _planes_of(
             outer.append(d)
     n_rows = shape[axis]
     stride = strides[axis] if n_rows > 1 else piece
-    span = (n_rows - 1) * stride + piece
-    if stride < piece or any(strides[d] < span for d in outer):
-        msg = f"KV cache {name!r} (shape {shape}, strides {strides}): blocks are not contiguous"
-        raise KVLayoutError(msg)
+    # Pieces may lie inside blocks, or blocks inside what belongs to a head; they may not overlap.
+    extent = piece
+    for step, n in sorted([(stride, n_rows), *((strides[d], shape[d]) for d in outer)]):
+        if step < extent:
+            msg = f"KV cache {name!r} (shape {shape}, strides {strides}): blocks are not contiguous"
+            raise KVLayoutError(msg)
+        extent += (n - 1) * step
     count = n_rows if num_blocks is None else num_blocks
     split, rest = divmod(n_rows, count)
     if rest or split == 0 or (split > 1 and stride != piece):
@@ -227,7 +240,22 @@ def _planes_of(
     order = "".join(str(inner.index(d)) for d in by_stride)
     dims = "x".join(str(shape[d]) for d in inner)
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return planes, count, f"{dtype}.{dims}.{order}"
+    in_pieces = any(strides[d] < stride for d in outer)
+    return planes, count, f"{dtype}.{dims}.{order}", in_pieces
+
+
+def _order_within_block(planes: Sequence[Plane]) -> list[int]:
+    """The order of planes in memory, where each block has all of them within its stride; else as they came.
+
+    A block may have the layers of a head side by side, and not the heads of a layer.
+    """
+    as_they_came = list(range(len(planes)))
+    strides = {plane.block_stride_bytes for plane in planes}
+    first = min(plane.base_address for plane in planes)
+    past = max(plane.base_address + plane.block_bytes for plane in planes)
+    if len(strides) > 1 or past - first > strides.pop():
+        return as_they_came
+    return sorted(as_they_came, key=lambda i: planes[i].base_address)
 
 
 def _coalesce(

@@ -13,7 +13,14 @@ from kvtier.copy_engine import NO_SLOT, CopyOrder, Direction, KVLayout
 
 U8 = NDArray[np.uint8]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.uint8)
-LAYOUTS = ("joint", "split", "block_outermost", "head_outermost", "kv_in_block")
+LAYOUTS = (
+    "joint",
+    "split",
+    "block_outermost",
+    "head_in_block",
+    "head_outermost",
+    "kv_in_block",
+)
 SLOT_GAP_BYTES = 24
 """Between slots, at the start and at the end of the region: canaries."""
 
@@ -35,6 +42,8 @@ def kv_caches(
         tensors = [random(2, num_blocks, tokens, heads, width) for _ in layers]
     elif kind == "block_outermost":
         tensors = list(random(num_blocks, n_layers, heads, tokens, width).unbind(1))
+    elif kind == "head_in_block":
+        tensors = list(random(num_blocks, heads, n_layers, tokens, width).unbind(2))
     elif kind == "head_outermost":
         tensors = [random(heads, num_blocks, tokens, width).transpose(0, 1) for _ in layers]
     else:  # [2, NB, ...] in name only: keys and values of a block are neighbours

@@ -159,6 +159,7 @@ def test_streamed_copies_of_any_length_and_alignment(
         ("joint", 3, True),
         ("split", 6, True),
         ("block_outermost", 1, True),
+        ("head_in_block", 1, True),
         ("head_outermost", 6, True),
         ("kv_in_block", 3, True),
     ],
