@@ -14,12 +14,12 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
 from kvtier.backend import NoTier, TierState
-from kvtier.link_messages import OverridesCommand, PolicyCommand, Resync
+from kvtier.link_messages import OverridesCommand, PolicyCommand, PrefetchCommand, Resync
 from kvtier.turns.adapters import Adapters
 from kvtier.turns.request_view import WAKE_PARAMS
 from tests.engine.scheduler_harness import Drive, Engine
 from tests.engine.tier_scenarios import PASSING, Walk, prompt_of
-from tests.model.commands import TENANTS, TOOLS, draw_command
+from tests.model.commands import TENANTS, TOOLS, draw_command, key_of
 from tests.model.plan import Plan, draw
 from tests.model.tier import UnreliableTier
 from tests.model.wire import scripted_link
@@ -36,6 +36,8 @@ STOPS: Final = range(50, 80)
 """Tokens that end a request: one in thirty."""
 MAX_OPEN: Final = 12
 SHARED_TOKENS: Final = 40
+COPY_STEPS: Final = 12
+"""Within which a prefetch that was ordered begins, mostly."""
 WALL_S: Final = 1.8e9
 
 
@@ -109,17 +111,21 @@ class Life(Walk):
 
     def storm(self, n_transitions: int) -> None:
         """Anything happens."""
-        if self.random.random() < 0.8:
-            # The operator has switched off what was tried, or a life would soon be without pins.
-            self._settings_return()
-        self._set_calm(calm=False)
-        self._weather()
+        self.begin_storm()
         for _ in range(n_transitions):
             if self.random.random() < self.plan.step_share:
                 self._run_step()
             else:
                 name = self.random.choices(self._names, self._weights)[0]
                 self._happens(name)
+
+    def begin_storm(self) -> None:
+        """From now on things go wrong."""
+        if self.random.random() < 0.8:
+            # The operator has switched off what was tried, or a life would soon be without pins.
+            self._settings_return()
+        self._set_calm(calm=False)
+        self._weather()
 
     def calm(self, max_steps: int) -> int:
         """Nothing new comes and nothing goes wrong, until nothing is left to do; returns the steps.
@@ -158,7 +164,19 @@ class Life(Walk):
             self._happens("reset")
         for _ in range(self.random.choice((1, 3))):
             self._happens("command")
+        self._happens("recall")
         self._happens("wake")
+        if self.random.random() < 0.5:
+            self._sleep_while_copying()
+
+    def _sleep_while_copying(self) -> None:
+        """The prefix cache is reset just when KV is being prefetched, and strangers come at once."""
+        for _ in range(COPY_STEPS):
+            if self.half.prefetcher.n_in_flight:
+                self._happens("reset")
+                self._happens("flood")
+                return
+            self._run_step()
 
     def _set_calm(self, *, calm: bool) -> None:
         self.is_calm = self.worker.is_calm = calm
@@ -244,6 +262,7 @@ class Life(Walk):
             salt=tenant,
             adapter=adapter,
             stop=self.random.choice(((), STOPS)),
+            priority=self.random.choice(self.plan.priorities),
         )
         self.open[request_id] = (session, request)
         self.engine.scheduler.add_request(request)
@@ -386,6 +405,19 @@ class Life(Walk):
         if self._late_commands and self.random.random() < 0.3:
             at = self.random.randrange(len(self._late_commands))
             self.wire.command(self._late_commands.pop(at))
+
+    def _recall(self) -> None:
+        """A client says that a program will return; one whose KV is staged, if there is any."""
+        copies, handle = self.half.stager.copies, self.half.facts.program_handle
+        staged = [
+            program
+            for program in self.half.programs._idle
+            if any(name in copies for name in copies.strands.names(handle(program)))
+        ]
+        if staged:
+            self._n_commands += 1
+            program = key_of(self.random.choice(staged))
+            self.wire.command(PrefetchCommand(id=self._n_commands, program=program))
 
     def _settings_return(self) -> None:
         settings = self.plan.spec.settings or {}
