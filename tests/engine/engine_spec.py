@@ -54,6 +54,7 @@ class EngineSpec:
         batch_tokens: Most tokens of one step; None for vLLM's default.
         caching: vLLM's prefix caching.
         policy: vLLM's order of waiting requests, "fcfs" or "priority".
+        by_program: kvtier's scheduler class, as `kvtier serve` sets it, else vLLM's.
     """
 
     is_async: bool = False
@@ -65,6 +66,7 @@ class EngineSpec:
     max_batch: int = 8
     batch_tokens: int | None = None
     policy: str = "fcfs"
+    by_program: bool = False
     caching: bool = True
 
 

@@ -28,6 +28,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvtier import assembly
+from kvtier.scheduler import ProgramScheduler
 from tests.engine.copy_worker import CopyWorker
 from tests.engine.engine_spec import BLOCK_TOKENS, VOCABULARY, engine_config, kv_cache_config
 from tests.engine.symbolic_kv import SymbolicKV
@@ -63,7 +64,7 @@ class Engine:
     """A scheduler with its connector.
 
     Attributes:
-        scheduler: vLLM's `Scheduler` or `AsyncScheduler`.
+        scheduler: vLLM's `Scheduler` or `AsyncScheduler`, or kvtier's class of either.
         clock: The clock that the connector's scheduler half reads.
     """
 
@@ -76,8 +77,7 @@ class Engine:
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
         config = engine_config(spec)
         with _injected(self.clock, tier, link):
-            scheduler = AsyncScheduler if spec.is_async else Scheduler
-            self.scheduler: Any = scheduler(
+            self.scheduler: Any = _scheduler_class(spec)(
                 vllm_config=config,
                 kv_cache_config=kv_cache_config(spec),
                 structured_output_manager=StructuredOutputManager(config),
@@ -368,6 +368,12 @@ class Drive:
     def _waiting_ids(self) -> dict[str, str]:
         requests = self.engine.scheduler.requests
         return {request_id: str(request.status) for request_id, request in requests.items()}
+
+
+def _scheduler_class(spec: EngineSpec) -> type[Scheduler]:
+    if spec.by_program:
+        return ProgramScheduler
+    return AsyncScheduler if spec.is_async else Scheduler
 
 
 def _differences(counted: dict[int, int], named: dict[int, int]) -> dict[int, int]:

@@ -19,6 +19,7 @@ ACTIONS: Final[dict[str, float]] = {
     "tier_returns": 4.0,
     "weather": 3.0,
     "command": 16.0,
+    "recall": 3.0,
     "wake": 6.0,
     "link": 2.0,
     "pause": 0.5,

@@ -26,7 +26,7 @@ from kvtier.turns.staging import Stager
 from tests.model.run import live
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from kvtier.orders import OrderResult
 
@@ -125,6 +125,29 @@ def stale_program_table() -> Plant:
 def forgotten_chains() -> Plant:
     """The chunk keys of programs that have gone are kept."""
     return mock.patch.object(Returns, "forget")
+
+
+def evicted_chunks_remembered() -> Plant:
+    """The server remembers the size of each chunk that it has ever held."""
+    forget = ResidencyTable._forget
+
+    def keeps(self: ResidencyTable, chunk: tuple[str, bytes]) -> int:
+        size = self._sizes[chunk]
+        n_bytes = forget(self, chunk)
+        self._sizes[chunk] = size
+        return n_bytes
+
+    return mock.patch.object(ResidencyTable, "_forget", keeps)
+
+
+def swallowed_worker_error() -> Plant:
+    """What workers report as failed counts as done, whoever had ordered it."""
+    note = answers.Answers.note
+
+    def swallows(self: answers.Answers, results: Iterable[OrderResult]) -> None:
+        note(self, [replace(result, ok=True) for result in results])
+
+    return mock.patch.object(answers.Answers, "note", swallows)
 
 
 def swallowed_prefetch_error() -> Plant:
@@ -259,6 +282,8 @@ ALL: Final[dict[str, Callable[[], Plant]]] = {
         tenant_charged_too_little,
         stale_program_table,
         forgotten_chains,
+        evicted_chunks_remembered,
+        swallowed_worker_error,
         swallowed_prefetch_error,
         wrong_tenant_key,
         wrong_adapter_key,

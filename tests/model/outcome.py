@@ -29,6 +29,7 @@ class Outcome:
         seen: What kvtier counted: decisions, ends of pins and prefetches, failures, ...
         answers: To commands.
         preemptions: Of running requests.
+        kinds: Lives, by what of their engine was drawn; see `Plan.kinds`.
         broken: By number of the life: what was broken first.
     """
 
@@ -38,6 +39,7 @@ class Outcome:
     seen: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
     preemptions: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
     broken: dict[int, str] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
@@ -48,7 +50,7 @@ class Outcome:
     @classmethod
     def of(cls, plain: dict[str, Any]) -> Outcome:
         """What `plain` has written."""
-        counters = {name: Counter(plain[name]) for name in ("happened", "seen", "answers")}
+        counters = {name: Counter(plain[name]) for name in ("happened", "seen", "answers", "kinds")}
         broken = {int(number): text for number, text in plain["broken"].items()}
         return cls(**{**plain, **counters, "broken": broken})
 
@@ -60,6 +62,7 @@ class Outcome:
         self.seen.update(other.seen)
         self.answers.update(other.answers)
         self.preemptions += other.preemptions
+        self.kinds.update(other.kinds)
         self.broken.update(other.broken)
 
 

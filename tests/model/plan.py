@@ -24,6 +24,7 @@ class Plan:
         actions: What happens besides, each with its weight.
         sessions: Conversations.
         max_tokens: Longest request; it fits an empty engine.
+        priorities: What requests ask for, one as often as the other.
     """
 
     spec: EngineSpec
@@ -33,11 +34,24 @@ class Plan:
     actions: dict[str, float]
     sessions: int
     max_tokens: int
+    priorities: tuple[int, ...] = (0,)
+
+    def kinds(self) -> list[str]:
+        """What of the engine a run should have had both of."""
+        settings = self.spec.settings or {}
+        found = ["async" if self.spec.is_async else "sync", self.spec.policy]
+        found.append("by_program" if self.spec.by_program else "vllm_scheduler")
+        found.append("one_priority" if len(self.priorities) == 1 else "priorities")
+        return [*found, f"backfill_{settings.get('kvtier.backfill_turns', 0)}"]
 
 
 def draw(chance: random.Random) -> Plan:
     """A plan at random: each leaves some of the actions out, so that others meet more often."""
     blocks = chance.choice((8, 12, 18, 26, 40))
+    # kvtier's class is for the priority policy alone, and `kvtier serve` sets both.
+    policy, by_program = chance.choice(
+        (("fcfs", False), ("priority", False), ("priority", True), ("priority", True))
+    )
     spec = EngineSpec(
         is_async=chance.random() < 0.5,
         blocks=blocks,
@@ -45,6 +59,8 @@ def draw(chance: random.Random) -> Plan:
         max_batch=chance.choice((1, 3, 5)),
         batch_tokens=chance.choice((None, 32, 100)),
         max_context=4096,
+        policy=policy,
+        by_program=by_program,
     )
     kept = {name: w for name, w in ACTIONS.items() if chance.random() < 0.8}
     return Plan(
@@ -55,6 +71,7 @@ def draw(chance: random.Random) -> Plan:
         actions={"arrive": ACTIONS["arrive"], "tier_returns": ACTIONS["tier_returns"], **kept},
         sessions=chance.choice((2, 4, 6, 12)),
         max_tokens=blocks * 16,
+        priorities=chance.choice(((0,), (0, 0, 1), (-1, 0, 3))),
     )
 
 
@@ -62,6 +79,7 @@ def _settings(chance: random.Random) -> dict[str, Any]:
     drawn = {
         "mode": chance.choice(("on",) * 9 + ("shadow",)),
         "admission": chance.choice(("off", "program_fcfs", "working_set")),
+        "backfill_turns": chance.choice((0, 1)),
         "reload": chance.choice(("auto", "always", "always", "first_k")),
         "reload_first_chunks": chance.choice((1, 2)),
         "pin_budget_fraction": chance.choice((0.1, 0.3, 0.6, 0.9, 1.0)),

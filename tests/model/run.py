@@ -26,7 +26,7 @@ def live(seed: int, number: int, *, raises: bool = False) -> Outcome:
         number: Of the life in the run; the two make the life's own seed.
         raises: Raise what is broken.
     """
-    with _life(seed * LIVES_OF_A_SEED + number) as (life, invariants):
+    with born(seed * LIVES_OF_A_SEED + number) as (life, invariants):
         broken = {}
         try:
             for _ in range(STORMS):
@@ -44,12 +44,14 @@ def live(seed: int, number: int, *, raises: bool = False) -> Outcome:
             Counter({k: int(v) for k, v in life.half.stats.totals.items()}),
             life.wire.outcomes,
             life.drive.preemptions,
+            Counter(life.plan.kinds()),
             broken,
         )
 
 
 @contextlib.contextmanager
-def _life(seed: int) -> Iterator[tuple[Life, Invariants]]:
+def born(seed: int) -> Iterator[tuple[Life, Invariants]]:
+    """A life, and who looks at it."""
     life = Life(seed)
     invariants = Invariants(life)
     try:

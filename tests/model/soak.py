@@ -16,7 +16,7 @@ import psutil
 from kvtier.link_messages import PolicyCommand
 from tests.engine.engine_spec import EngineSpec
 from tests.model.census import census
-from tests.model.invariants import Broken, Failures, left_over, more_than_windows
+from tests.model.invariants import Broken, Failures, left_over, more_than_windows, server_remembers
 from tests.model.life import Life
 from tests.model.plan import Plan
 
@@ -252,7 +252,7 @@ class Soak(Life):
         left["references"] = len(self.engine.references())
         # Each command that was read has one answer, and no more.
         left["answers"] = self.wire.due.total()
-        left |= more_than_windows(self._at_start, census(self.half))
+        left |= more_than_windows(self._at_start, census(self.half)) | server_remembers(self)
         self.engine.connector.shutdown()
         left["blocks"] = self.engine.spec.blocks - self.engine.free_blocks
         return {name: n for name, n in left.items() if n}

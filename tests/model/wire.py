@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import zmq
 
@@ -73,6 +75,12 @@ class Wire:
         ready = (zmq.POLLIN if self.inbox else 0) | (zmq.POLLOUT if self.is_up else 0)
         return ready & flags
 
+    def setsockopt(self, option: int, value: int) -> None:
+        """As a ZeroMQ socket."""
+
+    def connect(self, endpoint: str) -> None:
+        """As a ZeroMQ socket."""
+
     def close(self, linger: int = 0) -> None:
         """As a ZeroMQ socket."""
 
@@ -88,8 +96,11 @@ def scripted_link(
             status.append(EngineStatus(half(), "engine", "model", 0))
         return status[0]
 
-    link, wire = (
-        EngineLink(
+    wire = Wire()
+    # No threads of ZeroMQ's either: a life would wait for their end.
+    context = SimpleNamespace(socket=lambda _: wire, term=lambda: None)
+    with mock.patch.object(zmq, "Context", return_value=context):
+        link = EngineLink(
             "inproc://nobody",
             engine_id="engine",
             hello=lambda: read().hello(),
@@ -97,9 +108,5 @@ def scripted_link(
             block_tokens=16,
             clock=clock,
             wall_clock=wall_clock,
-        ),
-        Wire(),
-    )
-    link._socket.close()
-    link._socket = wire  # type: ignore[assignment]
+        )
     return link, wire

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from hashlib import blake2b
 
 import pytest
@@ -10,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.chunk_keys import ChunkChain, chain_seed, namespace
+from kvtier.server.residency import ResidencyTable
 from kvtier.wire import KEY_BYTES, split_keys
+from tests.unit.fake_l1 import FakeL1
+from tests.unit.fake_vllm import engine_facts
 
 BLOCK_TOKENS = 2
 CHUNK_TOKENS = 6
@@ -119,12 +123,45 @@ parts_st = st.dictionaries(
 )
 
 
+identity_st = st.dictionaries(
+    st.sampled_from(["model", "revision", "dtype", "cache_dtype", "layout", "ranks"]),
+    st.text(max_size=6),
+    min_size=1,
+)
+
+
 @given(parts_st, parts_st)
 def test_namespaces_differ_with_any_part(
     one: dict[str, str | int], other: dict[str, str | int]
 ) -> None:
     as_text = [{k: str(v) for k, v in parts.items()} for parts in (one, other)]
     assert (namespace(**one) == namespace(**other)) == (as_text[0] == as_text[1])
+
+
+def namespace_of(identity: dict[str, str], epoch: str) -> str:
+    return replace(engine_facts(), identity=tuple(identity.items())).namespace(epoch)
+
+
+@settings(deadline=None)
+@given(
+    identity_st.flatmap(lambda parts: st.tuples(st.just(parts), st.sampled_from(sorted(parts)))),
+    st.text(max_size=6),
+    st.tuples(st.sampled_from(["", "epoch"]), st.sampled_from(["", "epoch"])),
+)
+def test_engines_that_differ_in_one_part_never_find_each_others_chunks(
+    identity_and_part: tuple[dict[str, str], str], other: str, epochs: tuple[str, str]
+) -> None:
+    """On one server: the same tokens, the same program's name, and one part or the epoch another."""
+    identity, part = identity_and_part
+    mine = namespace_of(identity, epochs[0])
+    theirs = namespace_of({**identity, part: other}, epochs[1])
+    server = ResidencyTable(FakeL1(8))
+    keys = bytes(chain_of(list(range(2 * CHUNK_TOKENS))).keys)
+    assert server.reserve("one", 1, mine, "program", keys, 0, 2, 1, 1, 1.0, 60.0, 0.0) is not None
+    assert server.commit("one", 1, 0.0, ok=True) == 2
+    found, _ = server.lookup("other", 2, theirs, "program", keys, 1, 0.0)
+    is_same = other == identity[part] and epochs[0] == epochs[1]
+    assert found == (2 if is_same else 0)
 
 
 def test_namespace_is_readable_and_legal_for_lmcache() -> None:
