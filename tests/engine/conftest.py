@@ -88,6 +88,8 @@ class PlainVllm:
         """
         assert records
         new = [record for record in records if self._lacks(record)]
+        # Of those with the same prompt, the longest is known in the end.
+        new.sort(key=lambda record: len(record["tokens"]))
         if new:
             answer = self._child.call(
                 "replay",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tests.engine.held_copies import HeldCopies
+from tests.engine.patience import be_patient
 from tests.engine.tier_probe import WAIT_S, await_clean
 from tests.engine.tiny_model import VOCABULARY
 
@@ -135,9 +136,7 @@ class Engine:
             self._config = self.half.policy.config
             self._admission = self.half.admission.config
             self.make_recompute_dear(self.half)
-            if hasattr(tier := self.half.tier, "_config"):
-                # Where a server is to hang, the test sets its own: a busy machine's server may take long.
-                tier._config = dataclasses.replace(tier._config, timeout_s=WAIT_S)
+            be_patient(self.half)
 
     @staticmethod
     def make_recompute_dear(half: Any) -> None:

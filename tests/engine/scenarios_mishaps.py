@@ -139,7 +139,10 @@ def failed_load_behind_gpu_blocks(engine: Engine) -> None:
         assert request.num_computed_tokens == 704
         engine.step_until(lambda: not engine.half.reader.n_loads, "end of the load")
         assert request.num_computed_tokens == 160
-        assert engine.finish(request_id).cpu == 0
+        second = engine.finish(request_id)
+    assert second.cpu == 0
+    engine.evict()
+    assert engine.turn(second.then(tokens("f-behind3", 50)), program="f-behind").cpu > 0
 
 
 def failed_store(engine: Engine) -> None:
@@ -155,6 +158,8 @@ def failed_store(engine: Engine) -> None:
     engine.set_policy(reload="always")
     second = engine.turn(first.then(tokens("f-store2", 50)), program="f-store")
     assert second.cpu == 0
+    engine.evict()
+    assert engine.turn(second.then(tokens("f-store3", 50)), program="f-store").cpu > 0
 
 
 def _nested(depth: int) -> Any:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tests.engine.conftest import PlainVllm
     from tests.engine.engine_child import EngineChild
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tests.engine.conftest import PlainVllm
     from tests.engine.engine_child import EngineChild
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 SETTINGS = {"dram_gb": 0.25}
 READABLE = readable(711)
@@ -33,6 +33,15 @@ def check_owner_only(run_dir: Path, segment: Path) -> None:
     assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
     assert any(path.is_socket() for path in run_dir.iterdir())
     assert {path.stat().st_uid for path in (segment, run_dir)} == {os.geteuid()}
+
+
+def go_on(
+    engine: EngineChild, plain: PlainVllm, prompt: list[int], *, settle: bool = False
+) -> tuple[int, list[int]]:
+    """The conversation's next turn, right and staged: how many tokens were loaded, and its own."""
+    answer = engine.call("go_on", name="one", prompt=prompt, settle=settle)
+    plain.check(answer["records"])
+    return answer["value"], answer["records"][-1]["tokens"]
 
 
 def test_engines_share_a_server_and_nothing_else(
@@ -65,33 +74,41 @@ def test_engines_share_a_server_and_nothing_else(
     # A conversation moves to another engine of its model, and back: loaded, not computed anew.
     again = start_engine("scenarios_shared", SETTINGS)
     assert again.call("ready", settle=False)["value"] == generations[0]
-    answer = again.call("go_on", name="one", prompt=prompt, settle=False)
-    assert answer["value"] == READABLE
-    plain.check(answer["records"])
-    moved = [*prompt, *answer["records"][-1]["tokens"], *tokens("one3", 50)]
-    answer = first.call("go_on", name="one", prompt=moved, settle=False)
-    assert answer["value"] == readable(len(prompt) + 11)
-    plain.check(answer["records"])
+    loaded, produced = go_on(again, plain, prompt)
+    assert loaded == READABLE
+    moved = [*prompt, *produced, *tokens("one3", 50)]
+    loaded, produced = go_on(first, plain, moved)
+    assert loaded == readable(len(prompt) + 11)
 
-    # The first engine dies in the middle of a load; the other ones are not disturbed.
-    prompt = [*moved, *answer["records"][-1]["tokens"], *tokens("one4", 50)]
-    assert first.call("lock_and_hang", name="one", prompt=prompt, settle=False)["value"] > 0
+    # The first engine dies in the middle of a load; the other ones are not disturbed, nor the server.
+    last = [*moved, *produced, *tokens("one4", 50)]
+    assert first.call("lock_and_hang", name="one", prompt=last, settle=False)["value"] > 0
     first.kill()
+    successor = start_engine("scenarios_shared", SETTINGS)
     answer = other.call("come_back", name="two", prompt=two_prompt, settle=False)
     assert answer["value"] == READABLE
     # What the dead engine had locked is free again after the grace for its workers.
     await_clean(endpoint)
 
-    # Another engine finds what the dead one had staged.
-    answer = again.call("come_back", name="one", prompt=prompt)
-    assert answer["value"] == readable(len(moved) + 11)
-    plain.check(answer["records"])
+    # The engine that was started in its place finds what the dead one had staged, and adds to it.
+    assert successor.call("ready", settle=False)["value"] == generations[0]
+    loaded, produced = go_on(successor, plain, last)
+    assert loaded == readable(len(moved) + 11)
+    prompt = [*last, *produced, *tokens("one5", 50)]
+    loaded, _ = go_on(successor, plain, prompt, settle=True)
+    assert loaded == readable(len(last) + 11)
 
-    # One ends in good order, one is killed; the server follows after its grace.
+    # The one that was idle meanwhile works too.
+    answer = again.call("stage", name="three")
+    plain.check(answer["records"])
+    assert answer["value"]["chunks"] == READABLE // CHUNK_TOKENS
+
+    # Two end in good order, one is killed; the server follows after its grace.
     (summary,) = status(run_dir)
     assert summary.server_pid == server_pid
     again.close()
-    assert other.call("come_back", name="two", prompt=two_prompt, settle=False)["value"] > 0
+    successor.close()
+    assert other.call("come_back", name="two", prompt=two_prompt)["value"] > 0
     other.kill()
     await_nothing_left(run_dir)
     assert processes_with(str(run_dir)) == []

@@ -16,7 +16,7 @@ from kvtier.supervisor import ServerSpec, ServerStatus, ensure_server, status, s
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 READY_TIMEOUT_S = 180.0
 END_TIMEOUT_S = 60.0
