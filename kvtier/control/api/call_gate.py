@@ -33,6 +33,8 @@ MAX_STREAMS: Final = 96
 """Streams at a time: watchers of events (which have a limit of their own), reflection."""
 MAX_HEALTH_STREAMS: Final = 64
 """Watchers of health at a time: whoever reaches the port can be one, and must not keep others out."""
+REQUEST_S: Final = 10.0
+"""Within which a request must have come."""
 _OPEN_TO_ALL: Final = "/grpc.health.v1.Health/"
 """Probes have no tokens; what they learn is whether kvtier serves."""
 
@@ -89,18 +91,20 @@ class CallGate(aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any]:
         serialize, deserialize = handler.response_serializer, handler.request_deserializer
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
+            # As a stream: of a method with one request gRPC asks only when that has come, and who may not call
+            # must not be waited for.
+            return grpc.stream_unary_rpc_method_handler(
                 self._one_answer(method, handler.unary_unary, deserialize),
                 response_serializer=serialize,
             )
         if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                self._many_answers(method, handler.unary_stream, deserialize),
+            return grpc.stream_stream_rpc_method_handler(
+                self._many_answers(method, _with_request(handler.unary_stream, deserialize)),
                 response_serializer=serialize,
             )
         assert handler.stream_stream is not None, f"{method}: no such kind of method is served"
         return grpc.stream_stream_rpc_method_handler(
-            self._many_answers(method, handler.stream_stream, None),
+            self._many_answers(method, handler.stream_stream),
             request_deserializer=deserialize,
             response_serializer=serialize,
         )
@@ -108,29 +112,26 @@ class CallGate(aio.ServerInterceptor):
     def _one_answer(
         self, method: str, serve: Callable[..., Any], deserialize: Callable[[bytes], Any] | None
     ) -> Any:
-        async def call(raw: bytes, context: _Context) -> Any:
+        async def call(messages: AsyncIterator[bytes], context: _Context) -> Any:
+            self._authenticate(method, context)
+            request = _decoded(await _first(messages), deserialize)
             with self._admitted("calls"):
-                self._authenticate(method, context)
-                return await serve(_decoded(raw, deserialize), context)
+                return await serve(request, context)
 
-        async def gated(raw: bytes, context: _Context) -> Any:
+        async def gated(messages: AsyncIterator[bytes], context: _Context) -> Any:
             async with self._told(method, context):
-                return await call(raw, context)
+                return await call(messages, context)
 
         return gated
 
-    def _many_answers(
-        self, method: str, serve: Callable[..., Any], deserialize: Callable[[bytes], Any] | None
-    ) -> Any:
+    def _many_answers(self, method: str, serve: Callable[..., Any]) -> Any:
         kind = "watchers of health" if method.startswith(_OPEN_TO_ALL) else "streams"
 
-        async def gated(raw: Any, context: _Context) -> AsyncIterator[Any]:
+        async def gated(messages: Any, context: _Context) -> AsyncIterator[Any]:
             async with self._told(method, context):
+                self._authenticate(method, context)
                 with self._admitted(kind):
-                    self._authenticate(method, context)
-                    async with contextlib.aclosing(
-                        serve(_decoded(raw, deserialize), context)
-                    ) as answers:
+                    async with contextlib.aclosing(serve(messages, context)) as answers:
                         async for answer in answers:
                             yield answer
 
@@ -180,6 +181,29 @@ class CallGate(aio.ServerInterceptor):
         left_s = context.time_remaining()
         deadline_s = None if left_s is None else time.monotonic() + left_s
         set_caller(Caller(grant.tenant, deadline_s))
+
+
+def _with_request(
+    serve: Callable[..., Any], deserialize: Callable[[bytes], Any] | None
+) -> Callable[..., Any]:
+    async def served(messages: AsyncIterator[bytes], context: _Context) -> AsyncIterator[Any]:
+        request = _decoded(await _first(messages), deserialize)
+        async with contextlib.aclosing(serve(request, context)) as answers:
+            async for answer in answers:
+                yield answer
+
+    return served
+
+
+async def _first(messages: AsyncIterator[bytes]) -> bytes:
+    """The request of a method that has one. It follows the call's headers at once."""
+    try:
+        async with asyncio.timeout(REQUEST_S):
+            async for message in messages:
+                return message
+    except TimeoutError:
+        raise invalid_argument([("", f"no request has come within {REQUEST_S:g} s")]) from None
+    raise invalid_argument([("", "the request is missing")])
 
 
 def _decoded(raw: Any, deserialize: Callable[[bytes], Any] | None) -> Any:
