@@ -319,5 +319,5 @@ def test_a_call_that_is_given_up_leaves_nothing_running(
 
 
 def test_the_gates_limits_are_below_the_servers() -> None:
-    streams = call_gate.MAX_STREAMS + call_gate.MAX_HEALTH_STREAMS
-    assert call_gate.MAX_CALLS + streams < MAX_RPCS
+    health = call_gate.MAX_HEALTH_CALLS + call_gate.MAX_HEALTH_STREAMS
+    assert call_gate.MAX_CALLS + call_gate.MAX_STREAMS + health < MAX_RPCS
