@@ -290,6 +290,11 @@ class Settings(BaseSettings):
         description="File of bearer tokens, one of which every call over TCP must then have: one a line, "
         "optionally followed by the tenant that it is bound to. Mode 0600 or 0640.",
     )
+    control_tenant_share: Share = Field(
+        default=0.25,
+        description="Largest share of the control server's calls and watchers at a time that one tenant's "
+        "tokens may have, 0 to 1, but one at least. A token that is bound to no tenant has a share of its own.",
+    )
     control_state_file: Annotated[Path | None, _Optional] = Field(
         default=None,
         description="File in which TTL overrides survive a restart. none: in the user's state directory.",

@@ -510,6 +510,10 @@ def _stat_options() -> dict[str, Any]:
         "graphMode": "none",
         "justifyMode": "auto",
         "textMode": "auto",
+        "orientation": "auto",
+        "wideLayout": True,
+        "showPercentChange": False,
+        "percentChangeColorMode": "standard",
     }
 
 

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from kvtier.link_messages import Decided
+from kvtier.link_messages import Decided, PinEnded
 
 PER_PROGRAM: Final = 16
 MAX_BYTES: Final = 32 << 20
@@ -69,3 +69,16 @@ class DecisionHistory:
         """Up to `limit` decisions on a program with their engines' ids, the newest first."""
         entries = self._entries.get((tenant, name), [])[::-1][:limit]
         return [(entry.engine_id, _decoder.decode(entry.decision)) for entry in entries]
+
+
+def release_of(event: PinEnded) -> Decided:
+    """The end of a pin as the decision that it is: somebody or something has taken the memory back."""
+    return Decided(
+        at_s=event.at_s,
+        program=event.program,
+        request_id=event.request_id,
+        event="release",
+        action="release",
+        reason=event.cause,
+        inputs={"tokens": event.tokens},
+    )

@@ -25,6 +25,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from kvtier import __version__
 from kvtier import link_messages as link
+from kvtier.control.decision_history import release_of
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -91,6 +92,9 @@ class DecisionSpans:
                         self._traces.popitem(last=False)
                 case link.Decided():
                     self._span(engine_id, event)
+                case link.PinEnded():
+                    # In the trace of the turn that the pin has kept.
+                    self._span(engine_id, release_of(event))
                 case _:
                     pass
 

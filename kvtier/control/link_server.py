@@ -305,9 +305,9 @@ class LinkServer:
         if len(self._strangers) > MAX_STRANGERS:
             self._strangers.popitem(last=False)
         self._send(identity, link.Resync())
-        # Whoever it is may be idle by now, and read this only when it is woken.
+        # Whoever it is may be idle by now, and read this only when it is woken; only its hello will tell its rank.
         for waker in self.wakers.identities():
-            self._send(waker, link.Wake(dp_rank=0))
+            self._send(waker, link.Wake(dp_rank=link.ALL_RANKS))
 
     def _engine_gone(self, engine_id: str, cause: str) -> None:
         engine = self._registry.gone(engine_id)

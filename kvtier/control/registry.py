@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from kvtier import link_messages as link
-from kvtier.control.decision_history import DecisionHistory
+from kvtier.control.decision_history import DecisionHistory, release_of
 from kvtier.control.program_picture import ProgramPicture
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class Registry:
             self.history.add(engine.engine_id, event)
             return
         if isinstance(event, link.PinEnded) and event.cause not in NATURAL_ENDS:
-            self.history.add(engine.engine_id, _release(event))
+            self.history.add(engine.engine_id, release_of(event))
         if isinstance(event, link.ProgramGone):
             engine.programs.pop(event.program, None)
             return
@@ -223,19 +223,6 @@ def _lose_tier(engine: EngineRecord) -> bool:
         return False
     engine.gauges = msgspec.structs.replace(engine.gauges, tier_state="lost")
     return True
-
-
-def _release(event: link.PinEnded) -> link.Decided:
-    """The end of a pin as the decision that it is: somebody or something has taken the memory back."""
-    return link.Decided(
-        at_s=event.at_s,
-        program=event.program,
-        request_id=event.request_id,
-        event="release",
-        action="release",
-        reason=event.cause,
-        inputs={"tokens": event.tokens},
-    )
 
 
 def _process(hello: link.EngineHello) -> tuple[int, float]:

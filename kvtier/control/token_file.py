@@ -39,9 +39,15 @@ class TokenFileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a token allows: everything, or what concerns one tenant."""
+    """What a token allows.
+
+    Attributes:
+        tenant: The one whose programs it is for; None: all.
+        holder: Whose share of the server its calls use: the tenant's, else its own; None: no limit.
+    """
 
     tenant: str | None = None
+    holder: str | bytes | None = None
 
 
 class TokenFile:
@@ -126,7 +132,7 @@ class TokenFile:
                 raise TokenFileError(f"line {number} has a token that was there before")
             if len(grants) == MAX_TOKENS:
                 raise TokenFileError(f"it has more than {MAX_TOKENS} tokens")
-            grants[digest] = Grant(tenant)
+            grants[digest] = Grant(tenant, digest if tenant is None else tenant)
         if not grants:
             raise TokenFileError("it has no token; accepted is one a line")
         return grants

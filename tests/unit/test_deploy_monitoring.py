@@ -5,12 +5,15 @@ Where `promtool` and `prometheus` are on the PATH, they have the last word (`tes
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from kvtier.gpu_pin import ReleaseCause
@@ -26,6 +29,10 @@ from tests.unit.deploy_queries import (
     panels,
     queries,
 )
+from tests.unit.grafana_types import Dashboard
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @pytest.mark.parametrize("where", queries())
@@ -77,6 +84,31 @@ def test_the_dashboard_can_be_imported_and_provisioned() -> None:
     assert variables["datasource"]["query"] == "prometheus"
     used = set(re.findall(r"\$(\w+)", " ".join(queries().values())))
     assert used - {"__rate_interval"} <= variables.keys()
+
+
+def test_the_dashboard_has_what_grafanas_model_has_and_nothing_else() -> None:
+    msgspec.convert(DASHBOARD, Dashboard)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda panel: panel.update(unit="s"), "unknown field `unit`"),
+        (lambda panel: panel.pop("gridPos"), "missing required field `gridPos`"),
+        (lambda panel: panel.update(type="graph"), "'graph'"),
+        (lambda panel: panel["fieldConfig"]["defaults"].pop("unit"), "required field `unit`"),
+        (lambda panel: panel["gridPos"].update(w=25), "gridPos.w"),
+        (lambda panel: panel["targets"][0].pop("datasource"), "required field `datasource`"),
+        (lambda panel: panel["targets"].clear(), "targets"),
+    ],
+)
+def test_what_grafanas_model_does_not_have_is_found(
+    change: Callable[[dict[str, Any]], None], says: str
+) -> None:
+    dashboard = copy.deepcopy(DASHBOARD)
+    change(next(panel for panel in dashboard["panels"] if panel["type"] == "timeseries"))
+    with pytest.raises(msgspec.ValidationError, match=says):
+        msgspec.convert(dashboard, Dashboard)
 
 
 def test_panels_have_ids_of_their_own_an_explanation_and_the_chosen_data_source() -> None:

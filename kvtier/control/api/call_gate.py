@@ -18,6 +18,7 @@ from grpc import aio
 
 from kvtier.control.api.callers import Caller, grant_of, set_caller
 from kvtier.control.api.errors import ApiError, exhausted, internal, invalid_argument
+from kvtier.control.event_hub import MAX_WATCHERS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_CALLS: Final = 256
-"""Calls with one answer, at a time."""
+"""Calls with one answer, at a time; those count too whose requests are awaited."""
 MAX_STREAMS: Final = 96
 """Streams at a time: watchers of events (which have a limit of their own), reflection."""
+MAX_HEALTH_CALLS: Final = 64
+"""Calls of health at a time: whoever reaches the port can make them, and must not keep others out."""
 MAX_HEALTH_STREAMS: Final = 64
-"""Watchers of health at a time: whoever reaches the port can be one, and must not keep others out."""
+"""Watchers of health at a time, likewise."""
+REQUEST_S: Final = 10.0
+"""Within which a request must have come."""
 _OPEN_TO_ALL: Final = "/grpc.health.v1.Health/"
 """Probes have no tokens; what they learn is whether kvtier serves."""
 
@@ -45,9 +50,7 @@ class CallGate(aio.ServerInterceptor):
     Args:
         tokens: Tokens that calls over TCP need; None: none.
         metrics: Count calls.
-        max_calls: See `MAX_CALLS`.
-        max_streams: See `MAX_STREAMS`.
-        max_health_streams: See `MAX_HEALTH_STREAMS`.
+        tenant_share: Of the calls and of the watchers, that one tenant or one token may have.
     """
 
     def __init__(
@@ -55,18 +58,23 @@ class CallGate(aio.ServerInterceptor):
         tokens: TokenFile | None,
         metrics: ControlMetrics,
         *,
-        max_calls: int = MAX_CALLS,
-        max_streams: int = MAX_STREAMS,
-        max_health_streams: int = MAX_HEALTH_STREAMS,
+        tenant_share: float,
     ) -> None:
         self._tokens = tokens
         self._metrics = metrics
         self._limits = {
-            "calls": max_calls,
-            "streams": max_streams,
-            "watchers of health": max_health_streams,
+            "calls": MAX_CALLS,
+            "streams": MAX_STREAMS,
+            "calls of health": MAX_HEALTH_CALLS,
+            "watchers of health": MAX_HEALTH_STREAMS,
+        }
+        self._shares = {
+            "calls": max(1, int(tenant_share * MAX_CALLS)),
+            # Nearly all streams are watchers of events, of which fewer are served.
+            "streams": max(1, int(tenant_share * min(MAX_STREAMS, MAX_WATCHERS))),
         }
         self._running = dict.fromkeys(self._limits, 0)
+        self._held: dict[tuple[str, str | bytes], int] = {}
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(
@@ -89,18 +97,20 @@ class CallGate(aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any]:
         serialize, deserialize = handler.response_serializer, handler.request_deserializer
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
+            # As a stream: of a method with one request gRPC asks only when that has come, and who may not call
+            # must not be waited for.
+            return grpc.stream_unary_rpc_method_handler(
                 self._one_answer(method, handler.unary_unary, deserialize),
                 response_serializer=serialize,
             )
         if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                self._many_answers(method, handler.unary_stream, deserialize),
+            return grpc.stream_stream_rpc_method_handler(
+                self._many_answers(method, _with_request(handler.unary_stream, deserialize)),
                 response_serializer=serialize,
             )
         assert handler.stream_stream is not None, f"{method}: no such kind of method is served"
         return grpc.stream_stream_rpc_method_handler(
-            self._many_answers(method, handler.stream_stream, None),
+            self._many_answers(method, handler.stream_stream),
             request_deserializer=deserialize,
             response_serializer=serialize,
         )
@@ -108,29 +118,25 @@ class CallGate(aio.ServerInterceptor):
     def _one_answer(
         self, method: str, serve: Callable[..., Any], deserialize: Callable[[bytes], Any] | None
     ) -> Any:
-        async def call(raw: bytes, context: _Context) -> Any:
-            with self._admitted("calls"):
-                self._authenticate(method, context)
-                return await serve(_decoded(raw, deserialize), context)
+        kind = "calls of health" if method.startswith(_OPEN_TO_ALL) else "calls"
 
-        async def gated(raw: bytes, context: _Context) -> Any:
+        async def call(messages: AsyncIterator[bytes], context: _Context) -> Any:
+            with self._admitted(kind, self._authenticate(method, context)):
+                return await serve(_decoded(await _first(messages), deserialize), context)
+
+        async def gated(messages: AsyncIterator[bytes], context: _Context) -> Any:
             async with self._told(method, context):
-                return await call(raw, context)
+                return await call(messages, context)
 
         return gated
 
-    def _many_answers(
-        self, method: str, serve: Callable[..., Any], deserialize: Callable[[bytes], Any] | None
-    ) -> Any:
+    def _many_answers(self, method: str, serve: Callable[..., Any]) -> Any:
         kind = "watchers of health" if method.startswith(_OPEN_TO_ALL) else "streams"
 
-        async def gated(raw: Any, context: _Context) -> AsyncIterator[Any]:
+        async def gated(messages: Any, context: _Context) -> AsyncIterator[Any]:
             async with self._told(method, context):
-                with self._admitted(kind):
-                    self._authenticate(method, context)
-                    async with contextlib.aclosing(
-                        serve(_decoded(raw, deserialize), context)
-                    ) as answers:
+                with self._admitted(kind, self._authenticate(method, context)):
+                    async with contextlib.aclosing(serve(messages, context)) as answers:
                         async for answer in answers:
                             yield answer
 
@@ -164,22 +170,67 @@ class CallGate(aio.ServerInterceptor):
             count("OK")
 
     @contextlib.contextmanager
-    def _admitted(self, kind: str) -> Iterator[None]:
+    def _admitted(self, kind: str, holder: str | bytes | None) -> Iterator[None]:
+        """Hold one of the server's places, and one of the holder's share."""
         if self._running[kind] >= self._limits[kind]:
             message = f"{self._limits[kind]} {kind} are being served; try again later"
             raise exhausted(message, "TOO_MANY_CALLS", kind)
-        self._running[kind] += 1
+        with self._share(kind, holder):
+            self._running[kind] += 1
+            try:
+                yield
+            finally:
+                self._running[kind] -= 1
+
+    @contextlib.contextmanager
+    def _share(self, kind: str, holder: str | bytes | None) -> Iterator[None]:
+        if holder is None:
+            yield
+            return
+        held, share = self._held.get((kind, holder), 0), self._shares[kind]
+        if held >= share:
+            message = f"{share} {kind} of this tenant or token are being served; try again later"
+            raise exhausted(message, "TOO_MANY_CALLS_OF_TENANT", kind)
+        self._held[kind, holder] = held + 1
         try:
             yield
         finally:
-            self._running[kind] -= 1
+            self._held[kind, holder] -= 1
+            if not self._held[kind, holder]:
+                # Tokens come and go.
+                del self._held[kind, holder]
 
-    def _authenticate(self, method: str, context: _Context) -> None:
+    def _authenticate(self, method: str, context: _Context) -> str | bytes | None:
+        """Set the caller; returns whose share of the server the call uses."""
         tokens = None if method.startswith(_OPEN_TO_ALL) else self._tokens
         grant = grant_of(context.peer(), context.invocation_metadata() or (), tokens)
         left_s = context.time_remaining()
         deadline_s = None if left_s is None else time.monotonic() + left_s
         set_caller(Caller(grant.tenant, deadline_s))
+        return grant.holder
+
+
+def _with_request(
+    serve: Callable[..., Any], deserialize: Callable[[bytes], Any] | None
+) -> Callable[..., Any]:
+    async def served(messages: AsyncIterator[bytes], context: _Context) -> AsyncIterator[Any]:
+        request = _decoded(await _first(messages), deserialize)
+        async with contextlib.aclosing(serve(request, context)) as answers:
+            async for answer in answers:
+                yield answer
+
+    return served
+
+
+async def _first(messages: AsyncIterator[bytes]) -> bytes:
+    """The request of a method that has one. It follows the call's headers at once."""
+    try:
+        async with asyncio.timeout(REQUEST_S):
+            async for message in messages:
+                return message
+    except TimeoutError:
+        raise invalid_argument([("", f"no request has come within {REQUEST_S:g} s")]) from None
+    raise invalid_argument([("", "the request is missing")])
 
 
 def _decoded(raw: Any, deserialize: Callable[[bytes], Any] | None) -> Any:

@@ -119,12 +119,13 @@ def stopping() -> ApiError:
     return ApiError(grpc.StatusCode.UNAVAILABLE, message, "SERVER_STOPS", detail)
 
 
-def exhausted(message: str, reason: str, subject: str) -> ApiError:
-    """A limit is reached."""
+def exhausted(message: str, reason: str, subject: str, *, passes: bool = True) -> ApiError:
+    """A limit is reached; `passes`: it may be no more in a while, without the caller's doing."""
     detail = error_details_pb2.QuotaFailure(
         violations=[error_details_pb2.QuotaFailure.Violation(subject=subject, description=message)]
     )
-    return ApiError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, reason, detail)
+    retry = [_retry()] if passes else []
+    return ApiError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, reason, detail, *retry)
 
 
 def unauthenticated(message: str) -> ApiError:

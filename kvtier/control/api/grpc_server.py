@@ -99,7 +99,11 @@ class GrpcServer:
     ) -> None:
         self._settings = settings
         tokens = settings.control_tokens_file
-        self.gate = CallGate(None if tokens is None else TokenFile(tokens), metrics)
+        self.gate = CallGate(
+            None if tokens is None else TokenFile(tokens),
+            metrics,
+            tenant_share=settings.control_tenant_share,
+        )
         self._server = aio.server(
             interceptors=[self.gate], options=_OPTIONS, maximum_concurrent_rpcs=MAX_RPCS
         )

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from kvtier.control.registry import EngineRecord
 
-LAST_WORD_S: Final = 0.1
-
 _Status = health_pb2.HealthCheckResponse
 _WORKING: Final = frozenset({"ready", "off"})
 
@@ -72,9 +70,9 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it is not
             if (status := self._status(request.service)) != told:
                 told = status
                 yield _Status(status=status)
+                # While that was sent the server may have begun to stop, which is told before the end.
+                continue
             if self._stopping:
-                # Clients may read the end of a stream before what was sent last.
-                await asyncio.sleep(LAST_WORD_S)
                 raise errors.stopping()
             await changed.wait()
 

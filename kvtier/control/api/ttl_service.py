@@ -45,7 +45,9 @@ class TtlService(ttl_pb2_grpc.TtlServiceServicer):
         try:
             self._state.book.set(override, limit_per_tenant=current_caller().tenant is not None)
         except TooManyOverridesError as error:
-            raise errors.exhausted(str(error), "TOO_MANY_OVERRIDES", "overrides") from error
+            raise errors.exhausted(
+                str(error), "TOO_MANY_OVERRIDES", "overrides", passes=False
+            ) from error
         logger.info("TTL override set: %s", override)
         saved = await self._state.saver.save()
         engines = await self._state.sync.spread(current_caller().left_s())

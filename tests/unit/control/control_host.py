@@ -227,6 +227,7 @@ class Host:
         self._loop: asyncio.AbstractEventLoop
         self._stop: asyncio.Event
         self._thread = threading.Thread(target=self._run, name="control server")
+        self._told_to_stop = False
         self._peers: list[Peer] = []
         self._channels: list[grpc.Channel] = []
 
@@ -247,7 +248,9 @@ class Host:
         assert not self._thread.is_alive()
 
     def stop(self) -> None:
-        if self._thread.is_alive():
+        # Its loop may be closed already where it was told before.
+        if self._thread.is_alive() and not self._told_to_stop:
+            self._told_to_stop = True
             self._loop.call_soon_threadsafe(self._stop.set)
 
     def join(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
+import threading
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -17,6 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvtier import link_messages as link
+from kvtier.control.api.grpc_server import MAX_RPCS
 from kvtier.control.control_settings import check_files
 from kvtier.v1 import observability_pb2, outcome_pb2, policy_pb2, program_pb2, ttl_pb2
 from tests.unit.control.control_host import (
@@ -105,6 +107,25 @@ def test_a_token_serves_on_tcp_and_none_is_needed_on_the_unix_socket(guarded: Ho
     lower = [("authorization", f"bearer {OPEN}")]
     over_tcp(guarded).observability.GetStatus(STATUS, metadata=lower)
     guarded.client.observability.GetStatus(STATUS)
+
+
+def test_who_has_no_token_is_refused_before_a_request_has_come(guarded: Host) -> None:
+    refused = threading.Event()
+
+    def silent() -> Iterator[bytes]:
+        refused.wait(60)
+        yield b""
+
+    channel = guarded.channel(guarded.listening.tcp_target)
+    # The headers alone, as many as the server takes calls.
+    path = "/kvtier.v1.ObservabilityService/GetStatus"
+    strangers = [channel.stream_unary(path).future(silent(), timeout=20) for _ in range(MAX_RPCS)]
+    try:
+        codes = {stranger.code() for stranger in strangers}
+        guarded.client.observability.GetStatus(STATUS, timeout=20)
+    finally:
+        refused.set()
+    assert codes == {grpc.StatusCode.UNAUTHENTICATED}
 
 
 def test_health_is_told_without_a_token_as_probes_have_none(guarded: Host) -> None:

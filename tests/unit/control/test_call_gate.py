@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -63,6 +64,20 @@ def test_too_long_a_request_is_refused_before_it_is_taken_in(host: Host) -> None
         )
         assert refused.code == grpc.StatusCode.RESOURCE_EXHAUSTED
     host.client.observability.GetStatus(STATUS)
+
+
+def test_a_request_that_does_not_come_is_not_waited_for_without_end(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(call_gate, "REQUEST_S", 0.05)
+    held: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    channel, path = host.channel(), "/kvtier.v1.ObservabilityService/GetStatus"
+    refused = Refused(lambda: channel.stream_unary(path)(iter(held.get, b""), timeout=20))
+    assert refused.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "no request has come" in refused.message
+    refused = Refused(lambda: channel.stream_unary(path)(iter(()), timeout=20))
+    assert "the request is missing" in refused.message
+    held.put(b"")
 
 
 def test_an_unknown_method_is_unimplemented(host: Host) -> None:
@@ -304,5 +319,5 @@ def test_a_call_that_is_given_up_leaves_nothing_running(
 
 
 def test_the_gates_limits_are_below_the_servers() -> None:
-    streams = call_gate.MAX_STREAMS + call_gate.MAX_HEALTH_STREAMS
-    assert call_gate.MAX_CALLS + streams < MAX_RPCS
+    health = call_gate.MAX_HEALTH_CALLS + call_gate.MAX_HEALTH_STREAMS
+    assert call_gate.MAX_CALLS + call_gate.MAX_STREAMS + health < MAX_RPCS

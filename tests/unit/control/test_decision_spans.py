@@ -87,6 +87,33 @@ def test_a_decision_is_a_span_in_its_requests_trace(tmp_path: Path, collector: C
     assert all(r["service.name"] == "kvtier" for r in collector.resources)
 
 
+@pytest.mark.parametrize("cause", ["ttl", "pressure", "handoff"])
+def test_the_end_of_a_pin_is_a_span_in_the_trace_of_the_turn_that_it_kept(
+    tmp_path: Path, collector: Collector, cause: str
+) -> None:
+    with Host(tmp_path, otlp_endpoint=collector.endpoint) as host:
+        engine = host.engine()
+        engine.join()
+        engine.report(started("r1", trace=HEADERS), started("r2"))
+        ended = link.PinEnded(
+            at_s=AT_S, program=program(), request_id="r1", cause=cause, tokens=320
+        )
+        engine.report(ended)
+    (span,) = collector.spans
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
+    assert span.name == "kvtier.release"
+    assert span.start_time_unix_nano == span.end_time_unix_nano == int(AT_S * 1e9)
+    assert values(span.attributes) == {
+        "kvtier.engine_id": "engine-0",
+        "kvtier.program": "agent",
+        "kvtier.action": "release",
+        "kvtier.reason": cause,
+        "kvtier.ttl_s": 0.0,
+        "kvtier.input.tokens": 320,
+        "gen_ai.request.id": "r1",
+    }
+
+
 def test_what_the_request_does_not_sample_is_not_sent_and_noise_is_no_trace(
     tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:

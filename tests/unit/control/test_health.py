@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 from kvtier import link_messages as link
+from kvtier.control.api.errors import ApiError
 from kvtier.control.api.grpc_server import SERVICES
+from kvtier.control.api.health import Health
 from kvtier.v1 import observability_pb2
 from tests.unit.control.control_host import GAUGES, Host, Refused, in_background
 from tests.unit.control.strangers import (
@@ -98,6 +101,21 @@ def test_health_is_watched_by_several_none_of_whom_ends_another(host: Host) -> N
     assert [wait() for wait in waits] == [NOT_SERVING] * 2
     for stream in streams:
         assert Refused(lambda stream=stream: next(stream)).code == grpc.StatusCode.UNAVAILABLE  # type: ignore[misc]
+
+
+def test_who_watches_is_told_of_a_stop_that_came_while_it_was_told_something_else() -> None:
+    async def watch() -> list[int]:
+        health = Health(SERVICES)
+        answers = health.Watch(health_pb2.HealthCheckRequest(), None)
+        told = [(await anext(answers)).status]
+        # The answer is being sent: the watcher does not wait for a change.
+        health.stop()
+        told.append((await anext(answers)).status)
+        with pytest.raises(ApiError, match="stops"):
+            await anext(answers)
+        return told
+
+    assert asyncio.run(watch()) == [SERVING, NOT_SERVING]
 
 
 def test_reflection_shows_every_service_and_what_its_methods_take(host: Host) -> None:

@@ -194,6 +194,8 @@ def test_there_is_a_limit_on_overrides_that_replacing_does_not_reach(
     refused = Refused(lambda: set_one(host, {"tool": "c"}))
     assert refused.code == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert refused.details["QuotaFailure"].violations[0].subject == "overrides"
+    # Waiting does not help.
+    assert "RetryInfo" not in refused.details
 
 
 # -- restarts ----------------------------------------------------------------------------------------
