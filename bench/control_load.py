@@ -18,13 +18,15 @@ output token, and per step (from vLLM's own scheduler, see bench/step_clock.py).
 
 A processor that is shared makes the same instructions slower (caches, the sibling of a hyperthread), whoever the
 others are, by more than the limits here, and windows alike differ by tens of percent. So the limits are on the number of
-instructions where the machine counts them (bench/instructions.py), `called` against `alone`, and else on processor time,
-`called` against `beside`, where as much goes on: per token +2 %, p99 of a step +5 %. All of these are shown.
-What kvtier itself uses of the engine's processor time, in the scheduler's hooks and in
-threads for messages, differs less between windows; it may not grow by more than these shares either. In the soak at the end the control server's
-memory may grow by 2 MiB after the first third. In all windows every call must be answered, and every watcher must
-have had the same number of events, those counted that it was told to have lost.
-The exit code is 1 where one does not hold.
+instructions that the engine's process retires, where the machine counts them (bench/instructions.py): `called` against
+`alone`, per token +2 %, p99 of a step +5 %. Where it does not, processor time stands in, and what is lost to the shared
+processors counts too: see how `beside` compares. In the soak at the end the control server's memory may grow by 2 MiB
+after the first third. In all windows every call must be answered, and every watcher must have had the same number of
+events, those counted that it was told to have lost. The exit code is 1 where one does not hold, or where less than nine
+tenths of the calls were made.
+
+For information it is also said what kvtier itself uses of the engine's processor time, in the scheduler's hooks and in
+threads for messages.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ from bench.control_stack import (
     Window,
     percentile,
 )
+from bench.control_verdict import beyond
 from bench.steady_agents import Work
 from bench.step_clock import FILE_VARIABLE
 from kvtier.linkbench.machine import machine
@@ -63,8 +66,6 @@ from tests.engine.tiny_model import write_model
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MOST_CPU: Final = 0.02
-MOST_P99: Final = 0.05
 MOST_GROWTH_MIB: Final = 2.0
 N_BLOCKS: Final = 600
 """Enough for all agents of a window: nobody has to make room, whose cost would vary."""
@@ -140,23 +141,10 @@ class Results:
             for window, before, after in pairs
         ]
 
-    def broken(self) -> list[str]:
-        """Limits that do not hold."""
+    def broken(self, rate: float) -> list[str]:
+        """Limits that do not hold at this rate of calls."""
         found = [problem for window in self.windows for problem in window.problems()]
-        base = self.row(BESIDE if BESIDE in self.arms else ALONE)
-        called, against, names = self.row(CALLED), base, ("cpu_us_per_token", "step_cpu_p99_us")
-        if (alone := self.row(ALONE))["instructions_per_token"]:
-            against, names = alone, ("instructions_per_token", "step_p99_instructions")
-        for name, most in zip(names, (MOST_CPU, MOST_P99), strict=True):
-            if (ratio := called[name] / against[name]) > 1 + most:
-                found.append(f"{name} is {ratio:.4f} times that of `{against['arm']}`")
-        if (rise := own_rise(called, base)) > MOST_CPU:
-            found.append(
-                f"kvtier uses {rise:.2%} more of the engine's time than in `{base['arm']}`"
-            )
-        if (rise := p99_rise(called, base)) > MOST_P99:
-            found.append(f"kvtier's p99 in a step has risen by {rise:.2%} of a step's p99")
-        return found
+        return found + beyond(self.row(CALLED), self.row(ALONE), rate)
 
 
 def own_rise(called: dict[str, Any], base: dict[str, Any]) -> float:
@@ -226,8 +214,8 @@ def main(
     """Measure what calls and watchers of the control API cost the engine.
 
     A tiny model is served; the same agents' turns are done without calls, with them, and with the same calls to
-    another control server. Exit code 1: a limit does not hold (+2 % processor time per token by kvtier, +5 % p99 of a
-    step's, +2 MiB of memory, every call answered, every event told or told to be lost).
+    another control server. Exit code 1: a limit does not hold (of the engine's process +2 % per token and +5 % in the p99
+    of a step over no calls, +2 MiB of memory, every call answered, every event told or told to be lost).
     """
     console = Console(width=None if sys.stdout.isatty() else 160)
     progress = Console(stderr=True)
@@ -261,7 +249,7 @@ def main(
                     f"window {index + 1} of {len(plan)}, {arm}: {window.cpu_per_token_us:.0f} us a token"
                 )
             results = Results(windows)
-            broken = results.broken()
+            broken = results.broken(rate)
             soak = None
             if soak_turns:
                 progress.print(f"soak of {soak_turns} turns")
@@ -271,7 +259,10 @@ def main(
     show(console, results, rows, soak)
     for text in broken:
         console.print(text, markup=False)
-    console.print("the limits do not hold" if broken else "the limits hold")
+    verdict = "the limits do not hold" if broken else "the limits hold"
+    made = results.row(CALLED)["calls_per_s"]
+    memory = "" if soak else ", memory not looked at"
+    console.print(f"{verdict} at {made:.0f} of {rate:.0f} calls a second{memory}")
     if json_file is not None:
         options = {"pairs": pairs, **asdict(traffic), **asdict(work)}
         config = machine(torch.device("cpu"), ["python", "bench/control_load.py"]) | options
@@ -322,9 +313,9 @@ def show(
             ratios = [f"{row[name] / base[name]:.4f}" for row in rows]
             table.add_row(f"{name}, of {base['arm']}", *ratios)
         rises = [f"{own_rise(row, base):+.2%}" for row in rows]
-        table.add_row(f"kvtier's own rise over {base['arm']}", *rises)
+        table.add_row(f"for information: kvtier's own rise over {base['arm']}", *rises)
         rises = [f"{p99_rise(row, base):+.2%}" for row in rows]
-        table.add_row(f"kvtier's p99 in a step over {base['arm']}", *rises)
+        table.add_row(f"for information: kvtier's p99 in a step over {base['arm']}", *rises)
     console.print(table)
     for arm in results.arms[1:]:
         ratios = " ".join(f"{ratio:.3f}" for ratio in sorted(results.ratios(arm)))

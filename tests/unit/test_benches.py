@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.control_verdict import beyond
+
 ROOT = Path(__file__).parents[2]
 BENCHES = sorted((ROOT / "bench").glob("*.py"))
 
@@ -55,3 +57,37 @@ def test_what_a_bench_imports_is_there(bench: Path) -> None:
         for alias in node.names:
             known = alias.name in names_in(file) or file_of(f"{node.module}.{alias.name}")
             assert known, f"{node.module} has no {alias.name}"
+
+
+ALONE = {
+    "instructions_per_token": 1000.0,
+    "step_p99_instructions": 400.0,
+    "cpu_us_per_token": 100.0,
+    "step_cpu_p99_us": 50.0,
+}
+CALLED = ALONE | {"calls_per_s": 950.0}
+
+
+def test_the_control_apis_limits_are_on_the_engines_own_instructions() -> None:
+    slower = CALLED | {"cpu_us_per_token": 130.0, "step_cpu_p99_us": 80.0}
+    at_most = {"instructions_per_token": 1020.0, "step_p99_instructions": 420.0}
+    assert not beyond(slower | at_most, ALONE, 1000.0)
+    found = beyond(slower | {"instructions_per_token": 1021.0}, ALONE, 1000.0)
+    assert found == ["instructions_per_token has risen by 2.10% over `alone`; at most 2%"]
+    found = beyond(slower | {"step_p99_instructions": 421.0}, ALONE, 1000.0)
+    assert found == ["step_p99_instructions has risen by 5.25% over `alone`; at most 5%"]
+
+
+def test_processor_time_stands_in_for_instructions_that_are_not_counted() -> None:
+    none = {"instructions_per_token": 0.0, "step_p99_instructions": 0.0}
+    assert not beyond(CALLED | none, ALONE | none, 1000.0)
+    dearer = CALLED | none | {"cpu_us_per_token": 103.0, "step_cpu_p99_us": 53.0}
+    assert [text.split()[0] for text in beyond(dearer, ALONE | none, 1000.0)] == [
+        "cpu_us_per_token",
+        "step_cpu_p99_us",
+    ]
+
+
+def test_too_few_calls_show_nothing_of_those_that_were_wanted() -> None:
+    found = beyond(CALLED | {"calls_per_s": 154.0}, ALONE, 1000.0)
+    assert found == ["154 calls a second were made; wanted are 1000"]
