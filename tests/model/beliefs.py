@@ -20,8 +20,8 @@ class Beliefs:
     """See the module's docstring.
 
     kvtier may believe in a chunk that the tier held when it answered a commit, until it hears otherwise: that the
-    tier has gone or come, that a later commit or a lookup has found less, that it has dropped the copy itself. What
-    is evicted in between is news under way, and so is a loss that it has not been told of: they are allowed.
+    tier has gone or come, that a later commit or lookup has found less, that it has dropped the copy itself. What is
+    evicted in between is news under way, and so is a loss that it has not been told of: they are allowed.
 
     Args:
         life: Whose beliefs are looked at.
@@ -32,6 +32,8 @@ class Beliefs:
         self._half = life.half
         self._tier = tier
         self._copies = life.half.stager.copies
+        # By turn, the last job of which the tier has confirmed some chunks.
+        self._confirmed: dict[str, StageJob] = {}
         turns = life.half._turns
         self._follow(life.half.reader, lambda request_id: turns[request_id].program)
         # A prefetch asks by the name of its program.
@@ -44,8 +46,18 @@ class Beliefs:
                 return f"3: chunks {untold} count as staged, and the tier does not say so"
         return ""
 
+    def confirmed(self, job: StageJob) -> None:
+        """The tier has confirmed chunks of the job's own."""
+        self._confirmed[job.key] = job
+
     def given_up(self, job: StageJob) -> str:
         """Why a turn that was staged should not have been given up as such; empty where it should."""
+        if self._confirmed.get(job.key) is not job:
+            # None of its chunks has fitted: it was given up as what has no room.
+            return (
+                "" if job.end_chunk < len(job.chain) else "3: given up as staged, and nothing was"
+            )
+        del self._confirmed[job.key]
         # It may have begun behind what another conversation of its program had staged.
         names = [job.strand, *self._copies.strands.names(job.program)]
         untold = self._untold(names, job.chain, job.end_chunk)
@@ -65,9 +77,9 @@ class Beliefs:
             hit, read = hit_chunks(request_id), reader._reads[request_id]
             # A lookup that has failed, or whose tier was lost, tells nothing.
             if hit is not None and read.slots:
-                missing = set(split_keys(read.keys)[hit:])
+                missing = split_keys(read.keys)[hit:]
                 for name in self._copies.strands.names(program_of(request_id)):
-                    self._tier.told.get((reader.namespace, name), set()).difference_update(missing)
+                    self._tier.told_missing((reader.namespace, name), missing, read.op_id)
             return hit
 
         reader.hit_chunks = heard  # type: ignore[method-assign]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kvtier.costs.pinned_turn import PinnedTurn
 
@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 ROUNDING: Final = 1e-6
 
 Limits = dict[str | None, tuple[float, float]]
-Pins = dict[str, tuple[str | None, int, float]]
-"""By key: the tenant, bytes, and until when they are pinned."""
+Pin = tuple[str | None, int, float]
+"""The tenant, bytes, and until when they are pinned."""
+Pins = dict[str, Pin]
 
 
 class Meter:
@@ -21,7 +22,7 @@ class Meter:
 
     A bucket that begins full, is refilled evenly and never holds more than a period's share. A pin takes all that it
     can use when it begins or changes, and gives back what it has not used. When in a transition something came is
-    not known: what is given back counts from its beginning, what is taken from its end.
+    not known: it was when it cost least.
     """
 
     def __init__(self, life: Life) -> None:
@@ -67,17 +68,19 @@ class Meter:
             if tenant not in self._limits:
                 continue
             taken = self._taken.get(key, 0.0)
-            more = _rest(pins.get(key), now_s) - _rest(self._pins.get(key), now_s)
-            if more <= 0.0:
-                # One that ended in the transition in which its time was up, too: it may have ended first.
-                back = _rest(self._pins.get(key), self._then_s) - _rest(pins.get(key), self._then_s)
-                more = -min(max(0.0, back), taken)
+            more = max(-taken, self._least_more(self._pins.get(key), pins.get(key), now_s))
             self._left[tenant] -= more
             self._taken[key] = taken + more
             if key not in pins:
                 del self._taken[key]
         for tenant, (whole, _) in self._limits.items():
             self._left[tenant] = min(whole, self._left[tenant])
+
+    def _least_more(self, before: Pin | None, after: Pin | None, now_s: float) -> float:
+        """What a pin took more than it gave back, at the moment of the transition at which that was least."""
+        ends = (pin[2] for pin in (before, after) if pin is not None)
+        moments = (min(max(self._then_s, at_s), now_s) for at_s in (self._then_s, now_s, *ends))
+        return min(_rest(after, at_s) - _rest(before, at_s) for at_s in moments)
 
     def _change(self, limits: Limits, pins: Pins, now_s: float) -> None:
         """Other budgets hold now. What came first in this transition, pin or budget, is not known: it is free."""
@@ -91,6 +94,6 @@ class Meter:
         self._limits = limits
 
 
-def _rest(pin: tuple[Any, int, float] | None, from_s: float) -> float:
+def _rest(pin: Pin | None, from_s: float) -> float:
     """What a pin can still use."""
     return pin[1] * max(0.0, pin[2] - from_s) if pin is not None else 0.0

@@ -58,3 +58,13 @@ def test_a_pin_may_have_ended_just_before_its_time_was_up() -> None:
     assert not meter.after(0.0, a=20.0)
     assert not meter.after(10.0)
     assert not meter.after(0.0, b=30.0)
+
+
+def test_a_pin_that_ends_and_begins_anew_gives_back_first() -> None:
+    # What is left is 100. Ended at once, `a` gives back 900, which its successor takes with that: at the end of the
+    # transition the two would differ by more, as one has more bytes than the other.
+    meter = Watched()
+    assert not meter.after(0.0, a=19.0)
+    meter.now_s += 1.0
+    meter.pins = {"a": ("red", BYTES // 2, 30.0)}
+    assert not meter.overuse()

@@ -102,6 +102,11 @@ class UnreliableTier(VirtualTier):
         slot = self.l1.chunks.get(ChunkId(namespace, key, 0))
         return None if slot is None else slot * self._slot_bytes
 
+    def told_missing(self, copy: tuple[str, str], keys: list[bytes], op_id: int) -> None:
+        """A lookup has told that the tier did not hold these. Asked for before a commit that was heard, that is old."""
+        if op_id > self._heard.get(copy, 0):
+            self.told.get(copy, set()).difference_update(keys)
+
     def _tell(self, event: TierEvent) -> None:
         """kvtier hears of an event now."""
         if isinstance(event, StateChanged):
