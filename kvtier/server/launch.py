@@ -211,6 +211,8 @@ def server_command(spec: ServerSpec, endpoint: Endpoint) -> list[str]:
     for flag, setting in flags.items():
         argv += [flag, str(setting)]
     if spec.server_module is not None:
+        # LMCache keeps the last 32,768 events of its chunks, some 20 MB, for whoever subscribes; nobody does here.
+        argv += ["--kv-event-log-size", "0"]
         module = {
             "module_path": spec.server_module,
             "config": json.loads(spec.server_module_config_json),

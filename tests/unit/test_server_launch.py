@@ -46,6 +46,7 @@ def test_lmcache_command_line() -> None:
     assert pairs["--host"] == pairs["--http-host"] == "127.0.0.1"
     assert float(pairs["--l1-size-gb"]) * (1 << 30) == 300 << 20
     assert json.loads(pairs["--server-module"]) == {"module_path": "m", "config": {}}
+    assert pairs["--kv-event-log-size"] == "0"
     assert argv[-1] == "--x"
     assert ServerSpec.from_json(spec.to_json()) == spec
 
