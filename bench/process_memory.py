@@ -1,4 +1,8 @@
-"""Private memory of a deployment's processes over time, and how fast it grows."""
+"""Private memory of a deployment's processes over time, and how fast it grows.
+
+The control server keeps the last decisions in a window of a fixed size (`kvtier_control_decision_history_bytes`), which
+takes hours to fill: its memory is taken without that.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from kvtier.control.files import ControlFiles
 from kvtier.operator.chaos_faults import SERVER_NAME
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
 
 SAMPLE_S: Final = 5.0
 FEWEST_SAMPLES: Final = 24
+CONTROL_SERVER: Final = "control server, but for its history"
 _MIB: Final = 1 << 20
 
 
@@ -36,8 +43,9 @@ class Sample:
 class Memory:
     """Samples the processes' private memory in a thread, while the context lasts."""
 
-    def __init__(self, run_dir: Path, engine_pid: int) -> None:
+    def __init__(self, run_dir: Path, engine_pid: int, control_metrics: str) -> None:
         self._run_dir = run_dir
+        self._control_metrics = control_metrics
         self._engine = psutil.Process(engine_pid)
         self._began_s = time.monotonic()
         self._stop = threading.Event()
@@ -58,8 +66,20 @@ class Memory:
         while not self._stop.wait(SAMPLE_S):
             at_s = time.monotonic() - self._began_s
             for role, pid in self._processes():
-                with suppress(OSError, psutil.Error):
-                    self.samples[role].append(Sample(at_s, pid, anon_bytes(pid)))
+                with suppress(OSError, psutil.Error, httpx.HTTPError):
+                    n_bytes = anon_bytes(pid)
+                    if role == CONTROL_SERVER:
+                        n_bytes -= self._history_bytes()
+                    self.samples[role].append(Sample(at_s, pid, n_bytes))
+
+    def _history_bytes(self) -> int:
+        text = httpx.get(self._control_metrics, timeout=SAMPLE_S).raise_for_status().text
+        (family,) = (
+            found
+            for found in text_string_to_metric_families(text)
+            if found.name == "kvtier_control_decision_history_bytes"
+        )
+        return int(family.samples[0].value)
 
     def _processes(self) -> Iterator[tuple[str, int]]:
         parent = self._engine.parent()
@@ -73,7 +93,7 @@ class Memory:
             yield "LMCache server", server.server.pid
         control = ControlFiles(self._run_dir).read_record()
         if control is not None:
-            yield "control server", control.pid
+            yield CONTROL_SERVER, control.pid
 
 
 def anon_bytes(pid: int) -> int:

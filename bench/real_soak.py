@@ -8,7 +8,7 @@ server, its guardian and the control server, one after the other; nothing is bro
 every process has a long life to be judged by. No request may fail, and each fault must be got over.
 
 Sampled every five seconds: the private memory (`RssAnon`) of the API server, the engine, its workers, the LMCache server and the
-control server. Each is judged in the longest life of its process, but for the first third of that life: allocators, caches and logs
+control server, the last without the window of decisions that it fills. Each is judged in the longest life of its process, but for the first third of that life: allocators, caches and logs
 settle meanwhile. The engine itself is never restarted. `--mode off` shows what vLLM and the agents alone make of it.
 
 At the end, all programs have ended: no pin, no lock, no reservation, no copy and no request may be left, and all GPU blocks must be
@@ -38,6 +38,7 @@ from rich.table import Table
 
 from bench.process_memory import Memory, growth
 from kvtier.client import ControlError
+from kvtier.demo.servers import free_ports
 from kvtier.operator.chaos_faults import FAULTS, SERVER_NAME
 from tests.engine.served import serving
 from tests.engine.tier_probe import server_status
@@ -224,6 +225,7 @@ def show(console: Console, facts: dict[str, Any]) -> None:
 def work(
     served: Served,
     run_dir: Path,
+    control_metrics: str,
     *,
     minutes: float,
     n_agents: int,
@@ -242,7 +244,7 @@ def work(
             say(f"{agents.turns} turns, {len(agents.errors)} failed")
 
     counter = threading.Thread(target=count, name="tenths")
-    with Memory(run_dir, engine.pid) as samples:
+    with Memory(run_dir, engine.pid, control_metrics) as samples:
         began_s = time.monotonic()
         agents.start()
         counter.start()
@@ -298,13 +300,16 @@ def main(
             place.mkdir(mode=0o700)
         write_model(places["model"])
         say("starting kvtier serve")
-        settings = SETTINGS | {"kvtier.mode": mode}
+        (port,) = free_ports(1)
+        listen = f"127.0.0.1:{port}"
+        settings = SETTINGS | {"kvtier.mode": mode, "kvtier.control_metrics_listen": listen}
         with serving(
             places["model"], places["run"], places["work"], settings=settings, n_blocks=N_BLOCKS
         ) as served:
             facts = work(
                 served,
                 places["run"],
+                f"http://{listen}/metrics",
                 minutes=minutes,
                 n_agents=agents,
                 fault_every_s=fault_every if faults else None,

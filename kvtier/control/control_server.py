@@ -304,6 +304,11 @@ class ControlServer:
         metrics.gauge("programs", "Programs of all engines.", registry.program_count)
         metrics.gauge("watchers", "Watchers of events.", lambda: len(self.hub))
         metrics.gauge("overrides", "TTL overrides that hold.", lambda: len(self.book))
+        metrics.gauge(
+            "decision_history_bytes",
+            "What `kvtier explain` can tell of, up to 32 MiB.",
+            lambda: registry.history.kept_bytes,
+        )
         if (listen := self._settings.control_metrics_listen) is None:
             return
         try:

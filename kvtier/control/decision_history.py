@@ -11,9 +11,9 @@ from kvtier.link_messages import Decided, PinEnded
 
 PER_PROGRAM: Final = 16
 MAX_BYTES: Final = 32 << 20
-_PER_ENTRY_BYTES: Final = 128
+_PER_ENTRY_BYTES: Final = 240
 _PER_PROGRAM_BYTES: Final = 512
-"""What Python's objects around the encoded decisions take, roughly."""
+"""What Python's objects around the encoded decisions take, measured."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Decided)
