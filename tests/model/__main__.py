@@ -3,9 +3,12 @@
     python -m tests.model --steps 10_000_000 --seed 1 --state run.json
     python -m tests.model --seed 1 --life 4711
     python -m tests.model --defects
+    python -m tests.model --examples 200 --planted NAME
 
 The first runs life after life until so many transitions are done, and goes on from FILE where it was stopped.
 The second repeats one life, and says where it breaks. The third plants defects: each must be caught.
+In the fourth hypothesis chooses the events of so many lives, and makes what breaks one short; then
+of as many with a defect, which must be found.
 """
 
 from __future__ import annotations
@@ -50,6 +53,14 @@ def main() -> int:
         run.until(arguments.steps)
         facts = run.facts()
         failed = bool(run.outcome.broken)
+    if arguments.examples:
+        from tests.model.machine import explore, explore_with  # noqa: PLC0415
+
+        facts["machine"] = explore(arguments.examples)
+        failed |= bool(facts["machine"]["broken"])
+        if arguments.planted:
+            facts["planted"] = explore_with(arguments.planted, arguments.examples)
+            failed |= not facts["planted"]["broken"]
     if arguments.defects:
         from tests.model.defects import catch_all  # noqa: PLC0415
 
@@ -70,6 +81,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--defects", nargs="*", help="plant these defects, or all; each must be caught"
     )
+    parser.add_argument("--examples", type=int, default=0, help="lives that hypothesis chooses")
+    parser.add_argument("--planted", help="a defect that it must find, too")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     arguments = parser.parse_args()
     if arguments.defects == []:

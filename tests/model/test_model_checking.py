@@ -30,6 +30,8 @@ pytestmark = [
 
 TRANSITIONS = 12_000
 SEED = 20261122
+EXAMPLES = 30
+"""Lives whose events hypothesis chooses: seconds."""
 DEFECTS = {
     "lost_unpin": (0, r"^Broken: 1 .*references"),
     "double_free": (0, r"^Broken: 1 .*references"),
@@ -79,7 +81,8 @@ def check(*arguments: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def facts() -> dict[str, Any]:
     planted = [f"{name}:{life}" for name, (life, _) in DEFECTS.items()]
-    return check("--steps", str(TRANSITIONS), "--seed", str(SEED), "--defects", *planted)
+    chosen = ["--examples", str(EXAMPLES), "--planted", "lost_wakeup"]
+    return check("--steps", str(TRANSITIONS), "--seed", str(SEED), *chosen, "--defects", *planted)
 
 
 def test_no_invariant_breaks(facts: dict[str, Any]) -> None:
@@ -109,6 +112,20 @@ def test_a_planted_defect_is_caught(facts: dict[str, Any], defect: str) -> None:
     found = facts["defects"][defect]
     assert found["caught"]
     assert re.search(DEFECTS[defect][1], found["by"])
+
+
+def test_no_invariant_breaks_whatever_hypothesis_chooses(facts: dict[str, Any]) -> None:
+    assert facts["machine"]["broken"] == []
+    assert facts["machine"]["transitions"] > 50 * EXAMPLES
+
+
+def test_hypothesis_makes_what_breaks_a_life_short(facts: dict[str, Any]) -> None:
+    said, *example = facts["planted"]["broken"]
+    assert re.search(DEFECTS["lost_wakeup"][1], said)
+    happens = [line for line in example if line.startswith("state.happens")]
+    # Somebody comes, and all that is under way is to end.
+    assert re.findall(r"name='(\w+)'", "".join(happens)) == ["arrive", "calm"]
+    assert not any("state.steps" in line for line in example)
 
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
