@@ -12,6 +12,7 @@ import mmap
 import os
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -279,6 +280,7 @@ def clock_set_back(engine: Engine) -> dict[str, Any]:
         time.sleep(2.5)
         assert tier_state(engine) == "ready"
         second = goes_on(engine, "clock", first)
+        engine.drain()
         kill_server()
         await_new_server(engine, old)
         returns(engine, "clock", second)
@@ -334,20 +336,27 @@ def found_another(engine: Engine) -> None:
     _last_generation = ready(engine)
 
 
-def no_tier(engine: Engine, name: str) -> str:
+def no_tier(engine: Engine, name: str) -> dict[str, Any]:
     """Two turns without a tier; what the engine knows of it."""
+    told = Told(engine)
     first = engine.turn(tokens(name, 700), program=name)
     returns(engine, name, first)
-    return tier_state(engine)
+    return {**told.facts(), "tier": tier_state(engine)}
 
 
 def stage_one(engine: Engine, name: str) -> dict[str, Any]:
-    """A staged program; its chunk keys, as the server gets them, and its next prompt."""
+    """A staged program; its chunk keys, as the server gets them, its next prompt, and others' namespaces."""
     first = engine.staged_turn(name)
-    copies = engine.half.stager.copies
+    copies, facts = engine.half.stager.copies, engine.half.facts
     staged = copies._staged[engine.handle(name)]
     prompt = first.then(tokens(f"{name}-2", 50))
-    return {"keys": bytes(staged.chain.keys).hex(), "prompt": prompt}
+    assert facts.namespace() == copies.namespace
+    # Of engines that differ from this one in nothing else.
+    others = [
+        replace(facts, identity=tuple({**dict(facts.identity), part: "other"}.items())).namespace()
+        for part in ("weights", "dtype")
+    ]
+    return {"keys": bytes(staged.chain.keys).hex(), "prompt": prompt, "others": others}
 
 
 def load_one(engine: Engine, name: str, prompt: list[int]) -> int:

@@ -20,6 +20,7 @@ from kvtier.config import Settings
 from kvtier.control.files import ControlFiles
 from kvtier.supervisor import ensure_server
 from tests.engine.conftest import GRACE_S
+from tests.engine.tier_probe import WAIT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
     from tests.engine.conftest import PlainVllm
     from tests.engine.engine_child import EngineChild
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 SITE = Path(__file__).parent / "site"
 SETTINGS = {"dram_gb": 0.05, "server_grace_s": GRACE_S, "integrity": "full"}
 CONTROL = {"control": "on", "control_listen": "none", "control_grace_s": 1.0}
-WAIT_S = 60.0
+
+ANSWER_S = 10.0
+"""A control server that does not answer within this is asked again."""
 
 LIES = {
     "store_that_does_nothing": "load_integrity",
@@ -84,6 +87,11 @@ def run(engine: EngineChild, plain: PlainVllm, scenario: str, *told: str) -> dic
     return value
 
 
+def server_log(run_dir: Path) -> str:
+    """What the server and its guardians have said; each guardian puts its predecessor's aside."""
+    return "".join(path.read_text(errors="replace") for path in run_dir.glob("kvtier.log*"))
+
+
 @pytest.mark.parametrize("scenario", LIES)
 def test_a_copy_that_lies_is_found_out(
     engine: EngineChild, plain: PlainVllm, scenario: str
@@ -93,15 +101,18 @@ def test_a_copy_that_lies_is_found_out(
 
 
 def test_a_corrupt_calibration_file_is_measured_anew(engine: EngineChild, plain: PlainVllm) -> None:
-    value = run(engine, plain, "corrupt_profile", "profile")
+    value = run(
+        engine, plain, "corrupt_profile", "calibration profile", " ignored: UnicodeDecodeError: "
+    )
     assert value["failures"] == {}
 
 
 @pytest.mark.long
-def test_no_room_for_another_server(engine: EngineChild, plain: PlainVllm) -> None:
+def test_no_room_for_another_server(engine: EngineChild, plain: PlainVllm, run_dir: Path) -> None:
     value = run(engine, plain, "memory_full_at_a_start", "CPU tier away", "starting LMCache server")
     assert value["failures"].keys() <= {"tier_lost", "stage_no_tier", "lookup_tier_away"}
     assert value["failures"]["tier_lost"] == 1
+    assert "/dev/shm has 0 MiB free" in server_log(run_dir)
 
 
 @pytest.mark.long
@@ -112,9 +123,10 @@ def test_memory_that_cannot_be_mapped(engine: EngineChild, plain: PlainVllm) -> 
 
 
 @pytest.mark.long
-def test_memory_that_somebody_removes(engine: EngineChild, plain: PlainVllm) -> None:
+def test_memory_that_somebody_removes(engine: EngineChild, plain: PlainVllm, run_dir: Path) -> None:
     value = run(engine, plain, "memory_removed", "CPU tier away", "CPU tier ready")
     assert value["failures"]["tier_lost"] == 1
+    assert "has lost its shared memory" in server_log(run_dir)
 
 
 @pytest.mark.long
@@ -144,9 +156,15 @@ def _await(condition: Callable[[], Any], what: str) -> None:
         time.sleep(0.02)
 
 
+def _engines(run_dir: Path, timeout_s: float = ANSWER_S) -> int:
+    """How many engines the control server knows, if it answers."""
+    with KVTierClient(f"unix:{run_dir}/kvtier.control.sock") as client:
+        return len(client.get_status(timeout_s=timeout_s).engines)
+
+
 def _knows_the_engine(run_dir: Path) -> bool:
-    with suppress(ControlError), KVTierClient(f"unix:{run_dir}/kvtier.control.sock") as client:
-        return bool(client.get_status(timeout_s=1.0).engines)
+    with suppress(ControlError):
+        return _engines(run_dir) > 0
     return False
 
 
@@ -170,7 +188,7 @@ def test_clients_of_the_control_server_that_hang(
         answer = engine.call("works", name="hanging")
         plain.check(answer["records"])
         assert answer["value"]["failures"] == {}
-        assert _knows_the_engine(run_dir)
+        _await(lambda: _knows_the_engine(run_dir), "an answer to others")
 
 
 def test_a_control_server_that_hangs(engine: EngineChild, plain: PlainVllm, run_dir: Path) -> None:
@@ -178,12 +196,14 @@ def test_a_control_server_that_hangs(engine: EngineChild, plain: PlainVllm, run_
     _send(run_dir, signal.SIGSTOP)
     try:
         answer = engine.call("works", name="stopped")
+        with pytest.raises(ControlError):
+            _engines(run_dir, timeout_s=1.0)
     finally:
         _send(run_dir, signal.SIGCONT)
     plain.check(answer["records"])
     assert answer["value"]["failures"] == {}
     _followed(engine)
-    assert _knows_the_engine(run_dir)
+    _await(lambda: _knows_the_engine(run_dir), "the engine is known")
 
 
 def test_a_control_server_that_is_killed(
@@ -193,6 +213,8 @@ def test_a_control_server_that_is_killed(
     pid = _send(run_dir, signal.SIGKILL)
     assert pid is not None
     _await(lambda: not psutil.pid_exists(pid), "its end")
+    with pytest.raises(ControlError):
+        _engines(run_dir, timeout_s=1.0)
     answer = engine.call("works", name="killed")
     plain.check(answer["records"])
     assert answer["value"]["failures"] == {}

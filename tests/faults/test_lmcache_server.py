@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.engine.conftest import PlainVllm
     from tests.engine.engine_child import EngineChild
 
-pytestmark = [pytest.mark.engine, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.long, pytest.mark.timeout(900)]
 
 NAME = "own"
 READY_S = 180.0
@@ -98,6 +98,11 @@ def call(engine: EngineChild, plain: PlainVllm, scenario: str, **arguments: Any)
     return answer["value"]
 
 
+def logged(engine: EngineChild) -> str:
+    """What the engine has said so far."""
+    return engine.log.read_text(errors="replace")
+
+
 def _await(condition: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + WAIT_S
     while not condition():
@@ -116,19 +121,26 @@ def until_it_works(engine: EngineChild, plain: PlainVllm, name: str) -> None:
 def test_a_server_that_is_started_late(
     engine: EngineChild, plain: PlainVllm, keeper: Keeper
 ) -> None:
-    assert call(engine, plain, "no_tier", name="early") == "connecting"
+    assert call(engine, plain, "no_tier", name="early")["tier"] == "connecting"
+    assert "CPU tier ready" not in logged(engine)
     keeper.start()
     until_it_works(engine, plain, "late")
-    assert "CPU tier ready" in engine.log.read_text(errors="replace")
+    assert "CPU tier ready" in logged(engine)
 
 
 def test_a_server_that_is_stopped_and_started(
     engine: EngineChild, plain: PlainVllm, keeper: Keeper
 ) -> None:
+    begin = len(logged(engine))
     keeper.stop()
-    assert call(engine, plain, "no_tier", name="stopped") == "away"
+    value = call(engine, plain, "no_tier", name="stopped")
+    assert value["tier"] == "away"
+    assert value["failures"]["tier_lost"] == 1
     keeper.start()
     until_it_works(engine, plain, "after")
+    _, away, ready = logged(engine)[begin:].partition("CPU tier away")
+    assert away
+    assert "CPU tier ready" in ready
 
 
 def test_a_server_with_another_chunk_size(
@@ -142,15 +154,18 @@ def test_a_server_with_another_chunk_size(
 def test_a_server_full_of_another_models_data(
     engine: EngineChild, plain: PlainVllm, keeper: Keeper
 ) -> None:
-    """The same keys in another model's name are no hit, and what is there makes room."""
+    """The same tokens' KV of other weights, and of another dtype, is no hit, and makes room."""
     keeper.start()
     until_it_works(engine, plain, "own")
     staged = call(engine, plain, "stage_one", name="same-keys")
     keeper.start()
     keys = bytes.fromhex(staged["keys"])
-    others = [blake2b(b"%d" % i, digest_size=KEY_BYTES).digest() for i in range(N_SLOTS)]
-    keys += b"".join(others[len(keys) // KEY_BYTES :])
-    assert occupy(keeper.endpoint, "another-model", keys, SLOT_BYTES) == N_SLOTS
+    n_same = len(keys) // KEY_BYTES
+    weights, dtype = staged["others"]
+    assert occupy(keeper.endpoint, weights, keys, SLOT_BYTES) == n_same
+    rest = [blake2b(b"%d" % i, digest_size=KEY_BYTES).digest() for i in range(N_SLOTS - 2 * n_same)]
+    keys += b"".join(rest)
+    assert occupy(keeper.endpoint, dtype, keys, SLOT_BYTES) == N_SLOTS - n_same
     assert server_status(keeper.endpoint).used_bytes == N_SLOTS * SLOT_BYTES
     engine.call("found_another")
     assert call(engine, plain, "load_one", name="same-keys", prompt=staged["prompt"]) == 0
