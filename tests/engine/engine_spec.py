@@ -55,6 +55,8 @@ class EngineSpec:
         caching: vLLM's prefix caching.
         policy: vLLM's order of waiting requests, "fcfs" or "priority".
         by_program: kvtier's scheduler class, as `kvtier serve` sets it, else vLLM's.
+        runner_v2: The scheduler speaks to vLLM's second model runner, the default on GPUs: a request that goes on
+            after a preemption is a new one to it.
     """
 
     is_async: bool = False
@@ -67,6 +69,7 @@ class EngineSpec:
     batch_tokens: int | None = None
     policy: str = "fcfs"
     by_program: bool = False
+    runner_v2: bool = False
     caching: bool = True
 
 

@@ -84,6 +84,8 @@ class Engine:
                 block_size=BLOCK_TOKENS,
                 log_stats=True,
             )
+        # vLLM refuses to be configured so without Triton, which the scheduler does not need.
+        self.scheduler.use_v2_model_runner = spec.runner_v2
 
     @property
     def connector(self) -> Any:

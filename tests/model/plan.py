@@ -41,6 +41,7 @@ class Plan:
         settings = self.spec.settings or {}
         found = ["async" if self.spec.is_async else "sync", self.spec.policy]
         found.append("by_program" if self.spec.by_program else "vllm_scheduler")
+        found.append("runner_v2" if self.spec.runner_v2 else "runner_v1")
         found.append("one_priority" if len(self.priorities) == 1 else "priorities")
         return [*found, f"backfill_{settings.get('kvtier.backfill_turns', 0)}"]
 
@@ -53,6 +54,8 @@ def draw(chance: random.Random) -> Plan:
         (("fcfs", False), ("priority", False), ("priority", True), ("priority", True))
     )
     spec = EngineSpec(
+        # No draw of its own, so that lives that are known by number stay what they were.
+        runner_v2=blocks in {12, 26},
         is_async=chance.random() < 0.5,
         blocks=blocks,
         settings=_settings(chance),

@@ -93,6 +93,7 @@ def test_no_invariant_breaks(facts: dict[str, Any]) -> None:
 def test_engines_of_all_kinds_have_lived(facts: dict[str, Any]) -> None:
     kinds = facts["outcome"]["kinds"]
     drawn = {"sync", "async", "fcfs", "priority", "vllm_scheduler", "by_program"}
+    drawn |= {"runner_v1", "runner_v2"}
     assert drawn | {"one_priority", "priorities", "backfill_0", "backfill_1"} == kinds.keys()
 
 
