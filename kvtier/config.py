@@ -292,8 +292,8 @@ class Settings(BaseSettings):
     )
     control_tenant_share: Share = Field(
         default=0.25,
-        description="Largest share of the control server's calls and watchers at a time that one tenant's "
-        "tokens may have, 0 to 1, but one at least. A token that is bound to no tenant has a share of its own.",
+        description="Largest share of the control server's calls and watchers at a time that the tokens of one "
+        "tenant may have together, 0 to 1, but one at least. Tokens that are bound to no tenant have no such limit.",
     )
     control_state_file: Annotated[Path | None, _Optional] = Field(
         default=None,

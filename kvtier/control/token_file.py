@@ -39,15 +39,9 @@ class TokenFileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a token allows.
-
-    Attributes:
-        tenant: The one whose programs it is for; None: all.
-        holder: Whose share of the server its calls use: the tenant's, else its own; None: no limit.
-    """
+    """What a token allows: everything, or what concerns one tenant."""
 
     tenant: str | None = None
-    holder: str | bytes | None = None
 
 
 class TokenFile:
@@ -132,7 +126,7 @@ class TokenFile:
                 raise TokenFileError(f"line {number} has a token that was there before")
             if len(grants) == MAX_TOKENS:
                 raise TokenFileError(f"it has more than {MAX_TOKENS} tokens")
-            grants[digest] = Grant(tenant, digest if tenant is None else tenant)
+            grants[digest] = Grant(tenant)
         if not grants:
             raise TokenFileError("it has no token; accepted is one a line")
         return grants

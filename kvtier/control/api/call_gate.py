@@ -50,7 +50,7 @@ class CallGate(aio.ServerInterceptor):
     Args:
         tokens: Tokens that calls over TCP need; None: none.
         metrics: Count calls.
-        tenant_share: Of the calls and of the watchers, that one tenant or one token may have.
+        tenant_share: Of the calls and of the watchers, that the tokens of one tenant may have.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class CallGate(aio.ServerInterceptor):
             "streams": max(1, int(tenant_share * min(MAX_STREAMS, MAX_WATCHERS))),
         }
         self._running = dict.fromkeys(self._limits, 0)
-        self._held: dict[tuple[str, str | bytes], int] = {}
+        self._held: dict[tuple[str, str], int] = {}
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(
@@ -170,12 +170,12 @@ class CallGate(aio.ServerInterceptor):
             count("OK")
 
     @contextlib.contextmanager
-    def _admitted(self, kind: str, holder: str | bytes | None) -> Iterator[None]:
-        """Hold one of the server's places, and one of the holder's share."""
+    def _admitted(self, kind: str, tenant: str | None) -> Iterator[None]:
+        """Hold one of the server's places, and one of the tenant's share."""
         if self._running[kind] >= self._limits[kind]:
             message = f"{self._limits[kind]} {kind} are being served; try again later"
             raise exhausted(message, "TOO_MANY_CALLS", kind)
-        with self._share(kind, holder):
+        with self._share(kind, tenant):
             self._running[kind] += 1
             try:
                 yield
@@ -183,31 +183,32 @@ class CallGate(aio.ServerInterceptor):
                 self._running[kind] -= 1
 
     @contextlib.contextmanager
-    def _share(self, kind: str, holder: str | bytes | None) -> Iterator[None]:
-        if holder is None:
+    def _share(self, kind: str, tenant: str | None) -> Iterator[None]:
+        if tenant is None:
+            # An operator's, or there are no tokens.
             yield
             return
-        held, share = self._held.get((kind, holder), 0), self._shares[kind]
+        held, share = self._held.get((kind, tenant), 0), self._shares[kind]
         if held >= share:
-            message = f"{share} {kind} of this tenant or token are being served; try again later"
+            message = f"{share} {kind} of this tenant are being served; try again later"
             raise exhausted(message, "TOO_MANY_CALLS_OF_TENANT", kind)
-        self._held[kind, holder] = held + 1
+        self._held[kind, tenant] = held + 1
         try:
             yield
         finally:
-            self._held[kind, holder] -= 1
-            if not self._held[kind, holder]:
-                # Tokens come and go.
-                del self._held[kind, holder]
+            self._held[kind, tenant] -= 1
+            if not self._held[kind, tenant]:
+                # Tenants come and go.
+                del self._held[kind, tenant]
 
-    def _authenticate(self, method: str, context: _Context) -> str | bytes | None:
-        """Set the caller; returns whose share of the server the call uses."""
+    def _authenticate(self, method: str, context: _Context) -> str | None:
+        """Set the caller; returns the tenant that he is bound to."""
         tokens = None if method.startswith(_OPEN_TO_ALL) else self._tokens
         grant = grant_of(context.peer(), context.invocation_metadata() or (), tokens)
         left_s = context.time_remaining()
         deadline_s = None if left_s is None else time.monotonic() + left_s
         set_caller(Caller(grant.tenant, deadline_s))
-        return grant.holder
+        return grant.tenant
 
 
 def _with_request(
