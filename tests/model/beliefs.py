@@ -32,8 +32,8 @@ class Beliefs:
         self._half = life.half
         self._tier = tier
         self._copies = life.half.stager.copies
-        # By turn, the last job of which the tier has confirmed some chunks.
-        self._confirmed: dict[str, StageJob] = {}
+        # By turn, its last job and the chunk that that began with.
+        self._began: dict[str, tuple[StageJob, int]] = {}
         turns = life.half._turns
         self._follow(life.half.reader, lambda request_id: turns[request_id].program)
         # A prefetch asks by the name of its program.
@@ -46,18 +46,17 @@ class Beliefs:
                 return f"3: chunks {untold} count as staged, and the tier does not say so"
         return ""
 
-    def confirmed(self, job: StageJob) -> None:
-        """The tier has confirmed chunks of the job's own."""
-        self._confirmed[job.key] = job
+    def began(self, job: StageJob) -> None:
+        """A turn is to be staged."""
+        self._began[job.key] = job, job.next_chunk
 
     def given_up(self, job: StageJob) -> str:
         """Why a turn that was staged should not have been given up as such; empty where it should."""
-        if self._confirmed.get(job.key) is not job:
-            # None of its chunks has fitted: it was given up as what has no room.
-            return (
-                "" if job.end_chunk < len(job.chain) else "3: given up as staged, and nothing was"
-            )
-        del self._confirmed[job.key]
+        known, first_chunk = self._began.pop(job.key)
+        assert known is job
+        if job.end_chunk <= first_chunk:
+            # None of its own chunks has fitted: it was given up as what has no room.
+            return ""
         # It may have begun behind what another conversation of its program had staged.
         names = [job.strand, *self._copies.strands.names(job.program)]
         untold = self._untold(names, job.chain, job.end_chunk)

@@ -76,6 +76,17 @@ def store_believed_too_early() -> Plant:
     return mock.patch.object(Stager, "_copied", believes)
 
 
+def ended_before_commit() -> Plant:
+    """A turn is given up as staged while the tier has yet to say so."""
+
+    def ends(self: Stager, job: Any) -> None:
+        done = job.next_chunk >= job.end_chunk and not job.open
+        if done and self._jobs.get(job.key) is job:
+            self._end(job)
+
+    return mock.patch.object(Stager, "_end_if_done", ends)
+
+
 def failed_store_committed() -> Plant:
     """A store that has failed is committed as if it had not."""
     return _swallows_errors(Stager)
@@ -275,6 +286,7 @@ ALL: Final[dict[str, Callable[[], Plant]]] = {
         lost_unpin,
         double_free,
         store_believed_too_early,
+        ended_before_commit,
         failed_store_committed,
         cancelled_store_committed,
         budget_off_by_one,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections import Counter
 
     from kvtier.chunk_keys import ChunkChain
-    from kvtier.turns.stage_jobs import Split, StageJob
+    from kvtier.turns.stage_jobs import StageJob
     from tests.model.life import Life
 
 MAX_IDLE_STEPS: Final = 120
@@ -199,17 +199,18 @@ class Invariants:
 
     def _follow_staging(self) -> None:
         copies, stager = self._half.stager.copies, self._half.stager
-        confirm, committed = copies.confirm, stager._committed
-        end_if_done = stager._end_if_done
+        confirm, start, end_if_done = copies.confirm, stager.start, stager._end_if_done
 
         def checked_confirm(strand: str, chain: ChunkChain, n_chunks: int) -> int:
             self._check_stored(chain, n_chunks)
             return confirm(strand, chain, n_chunks)
 
-        def noted_commit(split: Split, resident_chunks: int) -> None:
-            assert self._beliefs is not None
-            self._beliefs.confirmed(split.job)
-            committed(split, resident_chunks)
+        def noted_start(key: str, *args: Any, **kwargs: Any) -> bool:
+            begun = start(key, *args, **kwargs)
+            if begun:
+                assert self._beliefs is not None
+                self._beliefs.began(stager._jobs[key])
+            return begun
 
         def checked_end(job: StageJob) -> None:
             was = stager.is_staging(job.key)
@@ -218,7 +219,7 @@ class Invariants:
                 self._check_given_up(job)
 
         copies.confirm = checked_confirm  # type: ignore[method-assign]
-        stager._committed = noted_commit  # type: ignore[method-assign]
+        stager.start = noted_start  # type: ignore[method-assign]
         stager._end_if_done = checked_end  # type: ignore[method-assign]
 
     def _check_stored(self, chain: ChunkChain, n_chunks: int) -> None:

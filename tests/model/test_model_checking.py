@@ -36,6 +36,7 @@ DEFECTS = {
     "lost_unpin": (0, r"^Broken: 1 .*references"),
     "double_free": (0, r"^Broken: 1 .*references"),
     "store_believed_too_early": (0, r"^Broken: 3: .*tier does not say so"),
+    "ended_before_commit": (0, r"^Broken: 3: given up as staged"),
     "failed_store_committed": (3, r"^Broken: 3: .*other KV"),
     "budget_off_by_one": (11, r"^Broken: .*5: 2 of 1 blocks"),
     "stale_program_table": (0, r"^Broken: 7: the picture"),
