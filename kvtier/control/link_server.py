@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S: Final = 1.0
 RESYNC_INTERVAL_S: Final = 0.2
+LONGEST_RESYNC_INTERVAL_S: Final = 30.0
+"""Strangers are asked who they are ever more rarely."""
 """Between two `Resync`s to the same stranger."""
 MAX_STRANGERS: Final = 1024
 MAX_ID_CHARS: Final = 256
@@ -98,7 +100,8 @@ class LinkServer:
         self._clock = clock
         self._identities: dict[str, bytes] = {}
         self._engine_ids: dict[bytes, str] = {}
-        self._strangers: OrderedDict[bytes, float] = OrderedDict()
+        # When each was last asked who he is, and when he may be asked again.
+        self._strangers: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
         self._incompatible: OrderedDict[bytes, link.EngineHello] = OrderedDict()
         self.wakers = Wakers()
         self.desk = CommandDesk(
@@ -297,10 +300,16 @@ class LinkServer:
                 pass
 
     def _ask_who(self, identity: bytes) -> None:
-        now_s = self._clock()
-        if abs(now_s - self._strangers.get(identity, float("-inf"))) < RESYNC_INTERVAL_S:
+        if identity in self._incompatible:
             return
-        self._strangers[identity] = now_s
+        now_s, wait_s = self._clock(), RESYNC_INTERVAL_S
+        if (known := self._strangers.get(identity)) is not None:
+            asked_s, wait_s = known
+            if abs(now_s - asked_s) < wait_s:
+                return
+            # Asked in vain, perhaps for a reason that lasts; and asking wakes everybody.
+            wait_s = min(2 * wait_s, LONGEST_RESYNC_INTERVAL_S)
+        self._strangers[identity] = now_s, wait_s
         self._strangers.move_to_end(identity)
         if len(self._strangers) > MAX_STRANGERS:
             self._strangers.popitem(last=False)

@@ -17,7 +17,13 @@ from google.protobuf.message import DecodeError
 from grpc import aio
 
 from kvtier.control.api.callers import Caller, grant_of, set_caller
-from kvtier.control.api.errors import ApiError, exhausted, internal, invalid_argument
+from kvtier.control.api.errors import (
+    ApiError,
+    exhausted,
+    internal,
+    invalid_argument,
+    late_request,
+)
 from kvtier.control.event_hub import MAX_WATCHERS
 
 if TYPE_CHECKING:
@@ -38,6 +44,8 @@ MAX_HEALTH_STREAMS: Final = 64
 """Watchers of health at a time, likewise."""
 REQUEST_S: Final = 10.0
 """Within which a request must have come."""
+ENDED_S: Final = 0.1
+"""Within which the end of a call is known behind the end of its requests."""
 _OPEN_TO_ALL: Final = "/grpc.health.v1.Health/"
 """Probes have no tokens; what they learn is whether kvtier serves."""
 
@@ -230,7 +238,9 @@ async def _first(messages: AsyncIterator[bytes]) -> bytes:
             async for message in messages:
                 return message
     except TimeoutError:
-        raise invalid_argument([("", f"no request has come within {REQUEST_S:g} s")]) from None
+        raise late_request(f"no request has come within {REQUEST_S:g} s") from None
+    # A call that is cancelled, too late or too long ends its requests, too, and the handler is ended a moment later.
+    await asyncio.sleep(ENDED_S)
     raise invalid_argument([("", "the request is missing")])
 
 

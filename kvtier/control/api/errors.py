@@ -71,6 +71,11 @@ def invalid_argument(violations: Iterable[tuple[str, str]]) -> ApiError:
     return ApiError(grpc.StatusCode.INVALID_ARGUMENT, message, "BAD_FIELDS", detail)
 
 
+def late_request(message: str) -> ApiError:
+    """The call began, and its request did not come."""
+    return ApiError(grpc.StatusCode.DEADLINE_EXCEEDED, message, "REQUEST_TOO_LATE")
+
+
 def not_found(kind: str, name: str, message: str) -> ApiError:
     """There is no such thing, for this caller."""
     detail = error_details_pb2.ResourceInfo(resource_type=f"kvtier.v1.{kind}", resource_name=name)

@@ -73,11 +73,31 @@ def test_a_request_that_does_not_come_is_not_waited_for_without_end(
     held: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     channel, path = host.channel(), "/kvtier.v1.ObservabilityService/GetStatus"
     refused = Refused(lambda: channel.stream_unary(path)(iter(held.get, b""), timeout=20))
-    assert refused.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert (refused.code, refused.reason) == (
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "REQUEST_TOO_LATE",
+    )
     assert "no request has come" in refused.message
+    monkeypatch.setattr(call_gate, "REQUEST_S", 60.0)
     refused = Refused(lambda: channel.stream_unary(path)(iter(()), timeout=20))
     assert "the request is missing" in refused.message
     held.put(b"")
+
+
+def test_a_call_that_ends_before_its_request_is_counted_as_what_it_was(host: Host) -> None:
+    held: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    channel, path = host.channel(), "/kvtier.v1.ObservabilityService/GetStatus"
+    with pytest.raises(grpc.RpcError):
+        channel.stream_unary(path)(iter(held.get, b""), timeout=0.2)
+    left = channel.stream_unary(path).future(iter(held.get, b""), timeout=60)
+    running = host.server._grpc.gate._running
+    wait_until(lambda: host.call(lambda: running["calls"]) == 1, "the call has been let in")
+    left.cancel()
+    for code in ("DEADLINE_EXCEEDED", "CANCELLED"):
+        wait_until(lambda code=code: calls(host, path, code) == 1, f"{code} is counted")  # type: ignore[misc]
+    assert calls(host, path, "INVALID_ARGUMENT") == 0
+    for _ in range(2):
+        held.put(b"")
 
 
 def test_an_unknown_method_is_unimplemented(host: Host) -> None:

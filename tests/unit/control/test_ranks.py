@@ -12,7 +12,14 @@ from google.protobuf.duration_pb2 import Duration
 from kvtier import link_messages as link
 from kvtier.control import command_desk, link_server
 from kvtier.v1 import observability_pb2, outcome_pb2, policy_pb2, program_pb2, ttl_pb2
-from tests.unit.control.control_host import BLOCK_BYTES, GAUGES, Host, in_background, program
+from tests.unit.control.control_host import (
+    BLOCK_BYTES,
+    GAUGES,
+    Host,
+    in_background,
+    program,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from tests.unit.control.control_host import FakeEngine, Peer
@@ -161,9 +168,10 @@ def test_the_rank_that_has_a_command_is_woken(
     monkeypatch.setattr(command_desk, "WAKEABLE_PATIENCE_S", 3600.0)
     _, second = ranks
     waker = waker_of_both(host)
+    wait_until(
+        lambda: host.call(lambda: len(host.server.link_server.wakers.identities())) == 1, "it waits"
+    )
     second.settle()
-    while not waker.says_nothing(100):
-        waker.next_frame()
     request = program_pb2.EndProgramRequest(name="there")
     result = in_background(lambda: host.client.programs.EndProgram(request))
     assert {woken(waker) for _ in range(2)} == {1}
