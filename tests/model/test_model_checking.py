@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.engine,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not installed_version(), reason="vLLM is not installed"),
 ]
 
