@@ -120,7 +120,11 @@ def anon_bytes(pid: int) -> int:
 
 
 def growth(samples: list[Sample]) -> dict[str, Any]:
-    """The slope of the longest life of a process, in MiB an hour, with its 95 % interval."""
+    """The slope of the longest life of a process, in MiB an hour, with its 95 % interval.
+
+    The median of the slopes between any two samples (Theil and Sen): memory that an allocator takes or gives back once, in
+    a step, is no growth, and a line of least squares would make it one.
+    """
     from scipy import stats  # noqa: PLC0415 - slow to load
 
     lives: dict[int, list[Sample]] = defaultdict(list)
@@ -137,13 +141,11 @@ def growth(samples: list[Sample]) -> dict[str, Any]:
     }
     if len(judged) < FEWEST_SAMPLES:
         return found
-    line = stats.linregress(
-        [sample.at_s / 3600 for sample in judged], [sample.anon_bytes / _MIB for sample in judged]
+    slope, _, low, high = stats.theilslopes(
+        [sample.anon_bytes / _MIB for sample in judged], [sample.at_s / 3600 for sample in judged]
     )
-    half = float(stats.t.ppf(0.975, len(judged) - 2)) * float(line.stderr)
-    slope = float(line.slope)
     return found | {
-        "mib_per_hour": slope,
-        "low_per_hour": slope - half,
-        "high_per_hour": slope + half,
+        "mib_per_hour": float(slope),
+        "low_per_hour": float(low),
+        "high_per_hour": float(high),
     }
