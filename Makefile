@@ -15,7 +15,7 @@ demo: setup ## the same agents on vLLM, stock LMCache and kvtier, side by side
 
 # Two at a time, file by file: those with engines wait much. They come first, as they take longest.
 test: setup ## the tests that this machine can run, but for the long ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --durations=15 --durations-min=5 -n 2 --dist loadfile --no-loadscope-reorder
 
 long: setup ## the tests that take minutes: engines of several ranks, LoRA, drafts, grammars
 	TEST_LONG=1 $(BIN)/python -m pytest -m long

@@ -42,6 +42,8 @@ SCENARIOS = {
 NOTHING = {"strangers", "step_longer_than_the_timeout"}
 """Nothing is counted for these. For the others, what else is depends on the moment."""
 AWAY = "CPU tier away, pinning only"
+LONG = {"killed_during_store", "guardian_killed"}
+"""The server is started anew for each that is killed, which takes half a minute on a slow machine: not in the usual run."""
 LOGGED = {"guardian_killed": "starting LMCache server"}
 
 
@@ -60,7 +62,9 @@ def engine(
     return child
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario", [pytest.param(s, marks=[pytest.mark.long] * (s in LONG)) for s in SCENARIOS]
+)
 def test_scenario(engine: EngineChild, plain: PlainVllm, scenario: str) -> None:
     begin = engine.log.stat().st_size
     before = engine.call("failures", settle=False)["value"]
