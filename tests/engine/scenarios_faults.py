@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kvtier.server.files import ServerFiles
 from tests.engine.engine_harness import BLOCK_TOKENS, CHUNK_TOKENS, readable, tokens
 from tests.engine.patience import TIMEOUT_S, short_deadline, short_timeout
-from tests.engine.tier_probe import WAIT_S, knock, server_status
+from tests.engine.tier_probe import WAIT_S, await_stopped, knock, server_status
 
 if TYPE_CHECKING:
     from tests.engine.engine_harness import Engine, Turn
@@ -33,6 +33,14 @@ def server_pid() -> int:
     assert record is not None
     assert record.server is not None
     return record.server.pid
+
+
+def stop_server() -> int:
+    """Stop the server, and wait until it has stopped; its pid."""
+    pid = server_pid()
+    os.kill(pid, signal.SIGSTOP)
+    await_stopped(pid)
+    return pid
 
 
 def kill_server() -> None:
@@ -238,8 +246,7 @@ def hung(engine: Engine) -> None:
     first = first_turn(engine, "hung")
     engine.evict()
     prompt = first.then(tokens("hung2", 50))
-    pid = server_pid()
-    os.kill(pid, signal.SIGSTOP)
+    pid = stop_server()
     try:
         with short_deadline():
             second = engine.turn(prompt, program="hung")
@@ -266,11 +273,10 @@ def hung_during_load(engine: Engine) -> None:
     engine.set_policy(reload="always")
     first = first_turn(engine, "hung-load")
     engine.evict()
-    pid = server_pid()
     with engine.held_copies("load") as go:
         request_id = engine.start(first.then(tokens("hung-load2", 50)), program="hung-load")
         engine.step_until(lambda: engine.half.reader.n_loads == 1, "load")
-        os.kill(pid, signal.SIGSTOP)
+        pid = stop_server()
         try:
             go.set()
             with short_timeout(engine.half):

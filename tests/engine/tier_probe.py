@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import zmq
 
@@ -61,6 +62,26 @@ def await_clean(endpoint: str) -> wire.StatusReply:
             return status
         assert time.monotonic() < deadline_s, f"left over in the server: {status}"
         time.sleep(0.1)
+
+
+def await_stopped(pid: int) -> None:
+    """Wait until each thread of a process that was sent SIGSTOP has stopped.
+
+    A thread that has no processor at that moment stops when it gets one, and can answer until then.
+    """
+    deadline_s = time.monotonic() + WAIT_S
+    tasks = Path(f"/proc/{pid}/task")
+    while any(_state(task) not in "TZ" for task in tasks.iterdir()):
+        assert time.monotonic() < deadline_s, f"process {pid} does not stop"
+        time.sleep(0.001)
+
+
+def _state(task: Path) -> str:
+    """The state of a thread, as proc(5) writes it: "T" is stopped, "Z" has ended."""
+    try:
+        return (task / "stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return "Z"
 
 
 def knock(endpoint: str) -> list[wire.Reply]:

@@ -20,7 +20,7 @@ from kvtier.config import Settings
 from kvtier.control.files import ControlFiles
 from kvtier.supervisor import ensure_server
 from tests.engine.conftest import GRACE_S
-from tests.engine.tier_probe import WAIT_S
+from tests.engine.tier_probe import WAIT_S, await_stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -193,8 +193,10 @@ def test_clients_of_the_control_server_that_hang(
 
 def test_a_control_server_that_hangs(engine: EngineChild, plain: PlainVllm, run_dir: Path) -> None:
     _followed(engine)
-    _send(run_dir, signal.SIGSTOP)
+    pid = _send(run_dir, signal.SIGSTOP)
+    assert pid is not None
     try:
+        await_stopped(pid)
         answer = engine.call("works", name="stopped")
         with pytest.raises(ControlError):
             _engines(run_dir, timeout_s=1.0)
