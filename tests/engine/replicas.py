@@ -110,6 +110,8 @@ class Replicas:
         while not self.metric("tier_ready", rank):
             assert time.monotonic() < deadline_s, f"rank {rank} has no CPU tier"
             self.turn([5, 6, 7], 2, rank=rank, pin=False, stage=False)
+            # Ranks that never rest leave a server that starts beside them no processor.
+            time.sleep(0.5)
 
     def chunks(self) -> int:
         """Chunks in the server, of all ranks' engines."""
