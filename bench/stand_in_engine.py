@@ -72,9 +72,10 @@ class StandIn:
 
     def _answer(self, message: link.ToEngine) -> None:
         if not isinstance(message, link.Resync):
-            self._send(
-                link.Answer(id=message.id, engine_id=_ENGINE, outcome="accepted", reason="done")
+            answer = link.Answer(
+                id=message.id, engine_id=_ENGINE, outcome="accepted", reason="done"
             )
+            self._send(link.Answered(engine_id=_ENGINE, answers=[answer]))
 
     def _report(self, events: list[link.Event]) -> None:
         gauges = link.Gauges(

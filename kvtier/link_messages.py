@@ -5,7 +5,7 @@ is the ROUTER, engines and wakers are DEALERs. A message is one msgpack frame: a
 
 An engine says hello, again whenever it is asked to (`Resync`), and from then on reports what changes: the
 server keeps its picture of the programs by these events and never asks an engine to answer a read. A
-command reaches the engine at its next hook, and has exactly one `Answer`. An engine without work runs no
+command reaches the engine at its next hook, and has exactly one `Answer`; those of one hook come together. An engine without work runs no
 hooks: a waker, in vLLM's API process, makes it run one.
 
 Times are Unix seconds (`_s`): the processes share a host, not a monotonic clock's origin.
@@ -17,7 +17,7 @@ from typing import Final, Literal
 
 import msgspec
 
-LINK_VERSION: Final = 3
+LINK_VERSION: Final = 4
 SOCKET_NAME: Final = "kvtier.control.link.sock"
 
 Outcome = Literal["accepted", "clipped", "deferred", "rejected", "missing"]
@@ -260,7 +260,7 @@ class Report(_Message, frozen=True, kw_only=True):
     lost: int = 0
 
 
-class Answer(_Message, frozen=True, kw_only=True):
+class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What became of the command `id`."""
 
     id: int
@@ -269,6 +269,14 @@ class Answer(_Message, frozen=True, kw_only=True):
     reason: str
     detail: str = ""
     policy: PolicyState | None = None
+
+
+class Answered(_Message, frozen=True, kw_only=True):
+    """What became of the commands that a hook has found, and what had happened until then."""
+
+    engine_id: str
+    answers: list[Answer]
+    report: Report | None = None
 
 
 class EngineBye(_Message, frozen=True, kw_only=True):
@@ -396,7 +404,7 @@ Command = (
     | CalibrateCommand
 )
 
-ToServer = EngineHello | Programs | Report | Answer | EngineBye | WakerHello
+ToServer = EngineHello | Programs | Report | Answered | EngineBye | WakerHello
 ToEngine = Resync | Command
 
 encoder = msgspec.msgpack.Encoder()

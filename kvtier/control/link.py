@@ -100,8 +100,10 @@ class EngineLink(EngineEvents):
             if not self._send(self._hello()):
                 self._call_back(now_s)
         found: list[messages.Command] = []
-        # To be told that nothing is there takes a tenth of the time that an `Again` takes.
-        for _ in range(MAX_COMMANDS if self._can_receive() else 0):
+        for _ in range(MAX_COMMANDS):
+            # To be told that nothing is there takes a tenth of the time that an `Again` takes.
+            if not self._can_receive():
+                break
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -126,10 +128,9 @@ class EngineLink(EngineEvents):
         """Whether hooks must go on until the server knows all programs."""
         return self._pages.is_open
 
-    def answer(self, answer: messages.Answer) -> None:
-        """Tell the server what became of a command, after all that happened before."""
-        self.report(self._clock(), idle=True)
-        self._send(answer)
+    def answer(self, answers: list[messages.Answer]) -> None:
+        """Tell the server what became of commands, and all that has happened until now."""
+        self._report(self._clock(), answers)
 
     def report(self, now_s: float, *, idle: bool, settled: bool = True) -> None:
         """Send what has happened, if it is time: at once where the engine is about to go idle.
@@ -149,7 +150,7 @@ class EngineLink(EngineEvents):
         if not settled:
             self._next_gauges_s = float("-inf")
 
-    def _report(self, now_s: float) -> None:
+    def _report(self, now_s: float, answers: list[messages.Answer] | None = None) -> None:
         self._next_report_s = now_s + REPORT_INTERVAL_S
         self._next_gauges_s = now_s + GAUGES_INTERVAL_S
         self._offset_s = self._wall_clock() - now_s
@@ -161,7 +162,10 @@ class EngineLink(EngineEvents):
             gauges=self._read_gauges(),
             lost=lost,
         )
-        if not self._send(report):
+        message: messages.ToServer = report
+        if answers:
+            message = messages.Answered(engine_id=self.engine_id, answers=answers, report=report)
+        if not self._send(message):
             # Whoever follows next is told.
             self._lost += lost + len(events)
         elif lost:
@@ -246,6 +250,14 @@ class EngineLink(EngineEvents):
             logger.exception("a message to the control server cannot be written, and is left out")
         if isinstance(message, messages.Report):
             self._lost += len(message.events) + message.lost
+        if isinstance(message, messages.Answered):
+            # Somebody waits for each of them, whatever else cannot be written.
+            answers = [answer for answer in message.answers if _is_writable(answer)]
+            if message.report is not None:
+                self._lost += len(message.report.events) + message.report.lost
+            return messages.encoder.encode(
+                messages.Answered(engine_id=message.engine_id, answers=answers)
+            )
         if isinstance(message, messages.Programs):
             # One of them must not hide the others, which the server would take for gone.
             told = [state for state in message.programs if _is_writable(state)]
@@ -253,9 +265,9 @@ class EngineLink(EngineEvents):
         return None
 
 
-def _is_writable(state: messages.ProgramState) -> bool:
+def _is_writable(part: messages.ProgramState | messages.Answer) -> bool:
     try:
-        messages.encoder.encode(state)
+        messages.encoder.encode(part)
     except _UNWRITABLE:
         return False
     return True

@@ -180,15 +180,16 @@ class LinkServer:
                 if self._engine_ids.get(identity) == message.engine_id:
                     self._engine_gone(message.engine_id, "bye")
             case _ if self._engine_ids.get(identity) != message.engine_id:
-                if isinstance(message, link.Report):
-                    self._follower.events_lost(len(message.events) + message.lost)
+                report = message.report if isinstance(message, link.Answered) else message
+                if isinstance(report, link.Report):
+                    self._follower.events_lost(len(report.events) + report.lost)
                 self._ask_who(identity)
             case link.Programs():
                 self._registry.programs_page(message, self._clock())
             case link.Report():
                 self._report(message)
-            case link.Answer():
-                self._answer(message)
+            case link.Answered():
+                self._answered(message)
 
     def _hello(self, identity: bytes, hello: link.EngineHello) -> None:
         if hello.link != link.LINK_VERSION:
@@ -268,6 +269,16 @@ class LinkServer:
         tier = engine.gauges.tier_state if engine.gauges is not None else None
         if tier != tier_before:
             self._follower.tier_changed(engine)
+
+    def _answered(self, message: link.Answered) -> None:
+        # Nobody speaks for another engine.
+        if message.report is not None and message.report.engine_id == message.engine_id:
+            self._report(message.report)
+        for answer in message.answers:
+            if answer.engine_id == message.engine_id:
+                self._answer(answer)
+            else:
+                self._follower.link_error("stray_answer")
 
     def _answer(self, answer: link.Answer) -> None:
         if answer.policy is not None:

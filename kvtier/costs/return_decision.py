@@ -101,8 +101,9 @@ def return_cost_s(state: ReturnState, reload_tokens: int) -> float:
     cost_s = state.queue_delay_s + compute_s * (1 + state.delayed_requests)
     if reload_tokens > state.gpu_hit_tokens:
         n_bytes = int((reload_tokens - state.gpu_hit_tokens) * state.kv_bytes_per_token)
-        own_s = state.link.seconds(n_bytes, state.run_bytes)
-        wait_s = state.link.seconds(n_bytes, state.run_bytes, state.backlog_bytes)
+        own_s = wait_s = state.link.seconds(n_bytes, state.run_bytes)
+        if state.backlog_bytes > 0:
+            wait_s = state.link.seconds(n_bytes, state.run_bytes, state.backlog_bytes)
         cost_s += wait_s + own_s * state.load_interference * state.delayed_requests
     return cost_s
 

@@ -22,8 +22,8 @@ class ControlLink(Protocol):
     def commands(self, now_s: float, *, urgent: bool = False) -> list[Command]:
         """Commands that have come."""
 
-    def answer(self, answer: Answer) -> None:
-        """Tell what became of a command."""
+    def answer(self, answers: list[Answer]) -> None:
+        """Tell what became of commands."""
 
     def report(self, now_s: float, *, idle: bool, settled: bool = True) -> None:
         """Send what has happened, if it is time."""
@@ -52,21 +52,21 @@ class Control:
 
     def run(self, now_s: float, *, urgent: bool = False) -> None:
         """Take in what has come; called at every hook that begins something."""
-        for command in self._link.commands(now_s, urgent=urgent):
-            result = self._commands.apply(command, now_s, self._wall_clock() - now_s)
-            self._link.answer(
-                Answer(
-                    id=command.id,
-                    engine_id=self._link.engine_id,
-                    outcome=result.outcome,
-                    reason=result.reason,
-                    detail=result.detail,
-                    policy=self._live_policy.state()
-                    if isinstance(command, PolicyCommand)
-                    else None,
-                )
-            )
+        # Together: to send is the dearest part of a command.
+        if answers := [self._answer(c, now_s) for c in self._link.commands(now_s, urgent=urgent)]:
+            self._link.answer(answers)
 
     def report(self, now_s: float, *, idle: bool, settled: bool = True) -> None:
         """Tell what has happened, at once where nothing will run for a while."""
         self._link.report(now_s, idle=idle, settled=settled)
+
+    def _answer(self, command: Command, now_s: float) -> Answer:
+        result = self._commands.apply(command, now_s, self._wall_clock() - now_s)
+        return Answer(
+            id=command.id,
+            engine_id=self._link.engine_id,
+            outcome=result.outcome,
+            reason=result.reason,
+            detail=result.detail,
+            policy=self._live_policy.state() if isinstance(command, PolicyCommand) else None,
+        )

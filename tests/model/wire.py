@@ -54,16 +54,20 @@ class Wire:
 
     def send(self, frame: bytes, _: int) -> None:
         """As a ZeroMQ socket."""
-        if b"Answer" in frame[:16]:
-            answer = messages.server_decoder.decode(frame)
-            assert isinstance(answer, messages.Answer)
-            assert self.due[answer.id] > 0, f"command {answer.id} has more answers than it may"
-            self.due[answer.id] -= 1
-            if not self.due[answer.id]:
-                del self.due[answer.id]
-            self.outcomes[f"{answer.outcome}:{answer.reason}"] += 1
+        if b"Answered" in frame[:16]:
+            message = messages.server_decoder.decode(frame)
+            assert isinstance(message, messages.Answered)
+            for answer in message.answers:
+                self._answered(answer)
         if not self.is_up:
             raise zmq.Again
+
+    def _answered(self, answer: messages.Answer) -> None:
+        assert self.due[answer.id] > 0, f"command {answer.id} has more answers than it may"
+        self.due[answer.id] -= 1
+        if not self.due[answer.id]:
+            del self.due[answer.id]
+        self.outcomes[f"{answer.outcome}:{answer.reason}"] += 1
 
     def get(self, option: int) -> int:
         """As a ZeroMQ socket."""

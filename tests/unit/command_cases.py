@@ -19,21 +19,26 @@ AGENT = ProgramKey(None, "agent")
 
 
 class ScriptedLink(Happenings):
-    """Commands are given by the test; answers and the order of what was told are kept."""
+    """Commands are given by the test; answers and the order of what was told are kept.
+
+    `messages` counts how many answers came at a time.
+    """
 
     engine_id = "engine"
 
     def __init__(self) -> None:
         self.queue: list[messages.Command] = []
         self.answers: list[messages.Answer] = []
+        self.messages: list[int] = []
         self.told: list[tuple[str, str]] = []
 
     def commands(self, now_s: float, *, urgent: bool = False) -> list[messages.Command]:
         taken, self.queue = self.queue, []
         return taken
 
-    def answer(self, answer: messages.Answer) -> None:
-        self.answers.append(answer)
+    def answer(self, answers: list[messages.Answer]) -> None:
+        self.answers.extend(answers)
+        self.messages.append(len(answers))
 
     def report(self, now_s: float, *, idle: bool, settled: bool = True) -> None:
         pass

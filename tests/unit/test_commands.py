@@ -30,6 +30,18 @@ def rig() -> Rig:
 # -- pins ------------------------------------------------------------------------------------------
 
 
+def test_the_commands_of_a_hook_are_answered_together_and_in_order() -> None:
+    rig = Rig()
+    agent_turn(rig)
+    for ttl_s in (5.0, 60.0, 7.0):
+        rig.send(messages.PinCommand, ttl_s=ttl_s)
+    rig.engine.wake()
+    rig.engine.wake()
+    assert rig.link.messages == [3]
+    assert [answer.id for answer in rig.link.answers] == [1, 2, 3]
+    assert rig.left_s() == pytest.approx(7.0, abs=0.1)
+
+
 def test_a_pin_is_given_another_time(rig: Rig) -> None:
     agent_turn(rig)
     answer = rig.do(messages.PinCommand, ttl_s=42.0)

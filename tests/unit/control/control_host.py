@@ -197,16 +197,15 @@ class FakeEngine(Peer):
         detail: str = "",
         policy: link.PolicyState | None = None,
     ) -> None:
-        self.send(
-            link.Answer(
-                id=command.id,
-                engine_id=self.engine_id,
-                outcome=outcome,
-                reason=reason,
-                detail=detail,
-                policy=policy,
-            )
+        answer = link.Answer(
+            id=command.id,
+            engine_id=self.engine_id,
+            outcome=outcome,
+            reason=reason,
+            detail=detail,
+            policy=policy,
         )
+        self.send(link.Answered(engine_id=self.engine_id, answers=[answer]))
 
 
 class Host:

@@ -127,7 +127,8 @@ def rig(server: Server) -> Iterator[Rig]:
 
 
 def events(found: list[Any]) -> list[messages.Event]:
-    return [event for m in found if isinstance(m, messages.Report) for event in m.events]
+    reports = [m.report if isinstance(m, messages.Answered) else m for m in found]
+    return [event for r in reports if isinstance(r, messages.Report) for event in r.events]
 
 
 def test_without_a_server_nothing_is_kept_and_someone_is_asked_to_start_it(rig: Rig) -> None:
@@ -221,12 +222,27 @@ def test_a_command_gets_one_answer_after_what_it_caused(rig: Rig, server: Server
     server.all()
     server.send(messages.ReleaseCommand(id=7, program=messages.ProgramKey(None, "agent")))
     rig.wake_until(lambda: not rig.engine.pool.references)
+    told = [m for m in server.all() if isinstance(m, messages.Answered)]
+    answers = [(a.id, a.engine_id, a.outcome) for m in told for a in m.answers]
+    assert answers == [(7, "engine", "accepted")]
+    assert events(told)
+
+
+def test_a_command_is_answered_whatever_else_cannot_be_written(rig: Rig, server: Server) -> None:
+    server.bind()
+    rig.engine.run(turn("r1", prompt(30), session="agent"))
+    rig.follow()
+    server.all()
+    (pin,) = rig.engine.half.pins.pins()
+    rig.link.decided("pause", pin.program, "r1", {"action": "a", "reason": "r", "value": object()})
+    answer = messages.Answer(id=7, engine_id="engine", outcome="accepted", reason="done")
+    bad = messages.Answer(id=8, engine_id="engine", outcome="accepted", reason="\ud800")
+    rig.link.answer([answer, bad])
+    rig.engine.half.report(rig.engine.now_s + 1000.0)
     found = server.all()
-    answers = [m for m in found if isinstance(m, messages.Answer)]
-    assert [(a.id, a.engine_id, a.outcome) for a in answers] == [(7, "engine", "accepted")]
-    ended = [i for i, m in enumerate(found) if events([m])]
-    assert ended
-    assert ended[0] < found.index(answers[0])
+    assert [m.answers for m in found if isinstance(m, messages.Answered)] == [[answer]]
+    assert sum(m.lost for m in found if isinstance(m, messages.Report)) == 1
+    assert rig.link.is_followed
 
 
 def test_a_release_is_done_within_the_step_that_finds_it(rig: Rig, server: Server) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kvtier import link_messages as link
 from kvtier.control import command_desk, link_server
 from kvtier.v1 import observability_pb2, outcome_pb2, program_pb2
-from tests.unit.control.control_host import Host, in_background, program, wait_until
+from tests.unit.control.control_host import GAUGES, Host, in_background, program, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,9 +142,11 @@ def test_a_waker_counts_while_its_process_runs(
 def test_an_answer_that_nobody_asked_for_is_counted_and_ignored(
     host: Host, engine: FakeEngine
 ) -> None:
-    engine.send(link.Answer(id=99_999, engine_id="engine-0", outcome="accepted", reason="x"))
+    stray = link.Answer(id=99_999, engine_id="engine-0", outcome="accepted", reason="x")
+    of_another = link.Answer(id=1, engine_id="engine-1", outcome="accepted", reason="x")
+    engine.send(link.Answered(engine_id="engine-0", answers=[stray, of_another]))
     engine.settle()
-    assert errors(host, "stray_answer") == 1
+    assert errors(host, "stray_answer") == 2
 
 
 # -- versions ----------------------------------------------------------------------------------------
@@ -208,7 +210,13 @@ def test_damaged_messages_leave_the_link_serving(
                 engine.hello,
                 link.EngineBye(engine_id="engine-0"),
                 link.WakerHello(link=link.LINK_VERSION, pid=1, parent_pid=1),
-                link.Answer(id=1, engine_id="engine-0", outcome="accepted", reason="x"),
+                link.Answered(
+                    engine_id="engine-0",
+                    answers=[
+                        link.Answer(id=1, engine_id="engine-0", outcome="accepted", reason="x")
+                    ],
+                    report=link.Report(engine_id="engine-0", sent_s=1.0, events=[], gauges=GAUGES),
+                ),
                 link.Programs(engine_id="engine-0", programs=[], first=True),
             ]
         )

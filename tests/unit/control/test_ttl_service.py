@@ -248,7 +248,7 @@ def test_an_engine_that_the_server_does_not_know_is_asked_and_gets_the_list(
         set_one(host, SCOPES["tool"])
     with Host(tmp_path) as host:
         engine = host.engine()
-        engine.send(link.Answer(id=1, engine_id="engine-0", outcome="accepted", reason=""))
+        engine.send(link.Answered(engine_id="engine-0", answers=[]))
         engine.next(link.Resync)
         assert [o.tool for o in engine.join()] == ["bash"]
         assert wait_until(
