@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from kvtier.cli import app
 from kvtier.setup.model import is_ready, model_dir
+from tests.engine.short_model import write_short_model
 
 SHM = Path("/dev/shm")
 pytestmark = [
@@ -58,10 +59,19 @@ def run_demo(tmp_path: Path, *options: str) -> dict[str, Any]:
     return report
 
 
-def test_every_arm_does_the_same_work_and_reuses_what_it_can(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", [3, pytest.param(None, marks=pytest.mark.long)])
+def test_every_arm_does_the_same_work_and_reuses_what_it_can(
+    tmp_path: Path, layers: int | None
+) -> None:
     before = own_processes()
+    model = model_dir()
+    if layers is not None:
+        model = tmp_path / "model"
+        write_short_model(model_dir(), model, layers)
     # One program fits at a time: its KV has gone from the engine when it returns.
-    report = run_demo(tmp_path, "--kv-tokens", "2240", "--cpu-tier-gib", "0.5")
+    report = run_demo(
+        tmp_path, "--kv-tokens", "2240", "--cpu-tier-gib", "0.5", "--model", str(model)
+    )
     assert own_processes() <= before
     assert left_of_the_run(tmp_path) == []
 
