@@ -38,7 +38,7 @@ class StandIn:
         self._last = link.ProgramKey(None, spec["last"])
         self._events_a_report = round(spec["events_per_s"] * REPORT_INTERVAL_S)
         self._count = 0
-        self._send(_hello())
+        self._send(hello(_ENGINE))
         self._socket.recv()
         self._report([self._event(key) for key in self._keys])
 
@@ -78,31 +78,36 @@ class StandIn:
             self._send(link.Answered(engine_id=_ENGINE, answers=[answer]))
 
     def _report(self, events: list[link.Event]) -> None:
-        gauges = link.Gauges(
-            mode="on",
-            free_blocks=1,
-            pinned_blocks=0,
-            budget_blocks=1,
-            programs=len(self._keys),
-            running_requests=1,
-            waiting_requests=0,
-            waiting_tokens=0,
-            queue_delay_s=0.0,
-            tier_state="ready",
-            tier_bytes=1,
-            staging_programs=0,
-            loading_requests=0,
-            to_cpu_bytes_per_s=1.0,
-            to_gpu_bytes_per_s=1.0,
-        )
-        report = link.Report(engine_id=_ENGINE, sent_s=time.time(), events=events, gauges=gauges)
-        self._send(report)
+        self._send(report(_ENGINE, events, len(self._keys)))
 
     def _send(self, message: link.ToServer) -> None:
         self._socket.send(link.encoder.encode(message))
 
 
-def _hello() -> link.EngineHello:
+def report(engine_id: str, events: list[link.Event], n_programs: int) -> link.Report:
+    """What a stand-in tells: these events, and figures that say little."""
+    gauges = link.Gauges(
+        mode="on",
+        free_blocks=1,
+        pinned_blocks=0,
+        budget_blocks=1,
+        programs=n_programs,
+        running_requests=1,
+        waiting_requests=0,
+        waiting_tokens=0,
+        queue_delay_s=0.0,
+        tier_state="ready",
+        tier_bytes=1,
+        staging_programs=0,
+        loading_requests=0,
+        to_cpu_bytes_per_s=1.0,
+        to_gpu_bytes_per_s=1.0,
+    )
+    return link.Report(engine_id=engine_id, sent_s=time.time(), events=events, gauges=gauges)
+
+
+def hello(engine_id: str) -> link.EngineHello:
+    """Who a stand-in is: this process."""
     policy = link.PolicyState(
         mode="on",
         pin_budget_fraction=0.5,
@@ -114,7 +119,7 @@ def _hello() -> link.EngineHello:
     )
     return link.EngineHello(
         link=link.LINK_VERSION,
-        engine_id=_ENGINE,
+        engine_id=engine_id,
         pid=os.getpid(),
         pid_start_s=processes.start_s(os.getpid()),
         parent_pid=os.getppid(),
