@@ -15,12 +15,15 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from kvtier.demo.driver import MODEL_NAME
+from kvtier.demo.number_format import BYTES
 from kvtier.paths import cache_dir
 from kvtier.server.launch import LOOPBACK, Endpoint, ServerSpec, server_command
 from kvtier.serving.engine_env import engine_env
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from kvtier.demo.number_format import Dtype
 
 BLOCK_TOKENS = 32
 CHUNK_TOKENS = 64
@@ -63,6 +66,7 @@ class EngineConfig:
         cpu_tier_bytes: LMCache's memory in the stock and the kvtier arm.
         engine_threads: OpenMP threads of a CPU engine; None leaves the choice to kvtier.
         on_cpu: The CPU build of vLLM runs the model.
+        dtype: Number format of the weights and of the KV.
     """
 
     model: Path
@@ -71,6 +75,7 @@ class EngineConfig:
     cpu_tier_bytes: int
     engine_threads: int | None
     on_cpu: bool
+    dtype: Dtype = "bfloat16"
 
     def __post_init__(self) -> None:
         """Refuse a KV memory that the longest program alone does not fit in."""
@@ -103,7 +108,7 @@ def engine_command(
     flags: dict[str, object] = {
         "--host": LOOPBACK,
         "--port": port,
-        "--dtype": "bfloat16",
+        "--dtype": config.dtype,
         "--max-model-len": config.max_model_tokens,
         "--block-size": BLOCK_TOKENS,
         "--max-num-batched-tokens": 1024,
@@ -122,7 +127,7 @@ def engine_command(
     ]
     if config.on_cpu:
         # Without it vLLM wants most of the machine's memory to be free at start.
-        kv_bytes = config.kv_tokens * kv_bytes_per_token(config.model)
+        kv_bytes = config.kv_tokens * kv_bytes_per_token(config.model, config.dtype)
         command += ["--kv-cache-memory-bytes", str(kv_bytes)]
     if transfer is not None:
         command += ["--kv-transfer-config", json.dumps(transfer)]
@@ -141,8 +146,8 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
     return env
 
 
-def kv_bytes_per_token(model: Path) -> int:
-    """KV bytes of one token in bfloat16: 2 (K, V) x layers x KV heads x head size x 2 bytes.
+def kv_bytes_per_token(model: Path, dtype: Dtype) -> int:
+    """KV bytes of one token: 2 (K, V) x layers x KV heads x head size x bytes of a number.
 
     Raises:
         ValueError: the model's ``config.json`` does not describe such a model.
@@ -153,10 +158,11 @@ def kv_bytes_per_token(model: Path) -> int:
         heads = facts["num_attention_heads"]
         head_size = facts.get("head_dim") or facts["hidden_size"] // heads
         kv_heads = facts.get("num_key_value_heads") or heads
-        return 4 * int(facts["num_hidden_layers"]) * int(kv_heads) * int(head_size)
+        numbers = 2 * int(facts["num_hidden_layers"]) * int(kv_heads) * int(head_size)
     except KeyError as error:
         message = f"{path} does not say {error}: give the demo a plain transformer model"
         raise ValueError(message) from error
+    return numbers * BYTES[dtype]
 
 
 def stock_transfer(lmcache_port: int) -> dict[str, object]:

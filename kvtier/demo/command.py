@@ -22,6 +22,7 @@ from kvtier import __version__
 from kvtier.demo import repo_tools
 from kvtier.demo.arms import BLOCK_TOKENS, CHUNK_TOKENS, Arm, EngineConfig, engine_environment
 from kvtier.demo.driver import WorkError
+from kvtier.demo.number_format import engine_dtype
 from kvtier.demo.progress import DemoProgress
 from kvtier.demo.report import ArmResult, build_report, render_html, write_json
 from kvtier.demo.runner import DemoRun, run_arms
@@ -85,13 +86,15 @@ def demo(
         logs.mkdir(parents=True, exist_ok=True)
         model_dir = model or ensure_model()
         workload = _build_workload(model_dir, WorkloadConfig(programs, turns, seed))
+        on_cpu = "cpu" in metadata.version("vllm")
         engine = EngineConfig(
             model=model_dir,
             kv_tokens=kv_tokens,
             longest_tokens=workload.longest_tokens,
             cpu_tier_bytes=int(cpu_tier_gib * _GIB),
             engine_threads=engine_threads,
-            on_cpu="cpu" in metadata.version("vllm"),
+            on_cpu=on_cpu,
+            dtype=engine_dtype(on_cpu=on_cpu),
         )
         if set(chosen) != {Arm.PLAIN}:
             _check_shared_memory(engine.cpu_tier_bytes)
@@ -190,6 +193,7 @@ def _config_object(workload: Workload, engine: EngineConfig) -> dict[str, Any]:
         "engine_threads": (
             int(engine_environment(engine)["OMP_NUM_THREADS"]) if engine.on_cpu else None
         ),
+        "dtype": engine.dtype,
         "max_model_tokens": engine.max_model_tokens,
         "final_tokens": sum(final_tokens),
         "longest_tokens": max(final_tokens),

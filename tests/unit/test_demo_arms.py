@@ -13,6 +13,7 @@ from kvtier.cli import app
 from kvtier.config import Settings
 from kvtier.demo import arms
 from kvtier.demo.arms import EngineConfig
+from kvtier.demo.number_format import engine_dtype
 from kvtier.server.launch import Endpoint
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ def test_engine_flags(model: Path) -> None:
     assert flags["--max-model-len"] == "5600"
     # 2 x 30 layers x 3 heads x 64 x 2 bytes.
     assert int(flags["--kv-cache-memory-bytes"]) == 6080 * 23040
+    exact = dict(itertools.pairwise(arms.engine_command(config(model, dtype="float32"), 1, None)))
+    assert (flags["--dtype"], exact["--dtype"]) == ("bfloat16", "float32")
+    assert int(exact["--kv-cache-memory-bytes"]) == 2 * 6080 * 23040
     on_gpu = arms.engine_command(config(model, on_cpu=False), 1, None)
     assert "--kv-cache-memory-bytes" not in on_gpu
 
@@ -99,7 +103,26 @@ def test_a_program_must_fit_alone(model: Path) -> None:
 def test_a_model_that_is_no_transformer_is_refused(model: Path) -> None:
     (model / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="num_attention_heads"):
-        arms.kv_bytes_per_token(model)
+        arms.kv_bytes_per_token(model, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("says", "dtype"),
+    [
+        ("flags\t\t: fma avx f16c avx2 avx512f", "float32"),
+        ("flags\t\t: fma avx2 avx512f avx512_bf16", "bfloat16"),
+        ("flags\t\t: avx512_fp16 amx_bf16 amx_tile", "bfloat16"),
+        ("Features\t: fp asimd i8mm bf16", "bfloat16"),
+        ("", "float32"),
+    ],
+)
+def test_the_engine_computes_in_what_the_cpu_multiplies(
+    tmp_path: Path, says: str, dtype: str
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{says}\n")
+    assert engine_dtype(on_cpu=True, cpuinfo=tmp_path / "cpuinfo") == dtype
+    assert engine_dtype(on_cpu=True, cpuinfo=tmp_path / "none") == "float32"
+    assert engine_dtype(on_cpu=False, cpuinfo=tmp_path / "none") == "bfloat16"
 
 
 @pytest.mark.parametrize(
