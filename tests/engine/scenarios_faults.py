@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from tests.engine.patience import TIMEOUT_S, short_deadline, short_timeout
 from tests.engine.tier_probe import WAIT_S, await_stopped, knock, server_status
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.engine.engine_harness import Engine, Turn
 
 
@@ -35,12 +38,16 @@ def server_pid() -> int:
     return record.server.pid
 
 
-def stop_server() -> int:
-    """Stop the server, and wait until it has stopped; its pid."""
+@contextmanager
+def stopped_server() -> Iterator[None]:
+    """The server stands still."""
     pid = server_pid()
     os.kill(pid, signal.SIGSTOP)
-    await_stopped(pid)
-    return pid
+    try:
+        await_stopped(pid)
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def kill_server() -> None:
@@ -246,8 +253,7 @@ def hung(engine: Engine) -> None:
     first = first_turn(engine, "hung")
     engine.evict()
     prompt = first.then(tokens("hung2", 50))
-    pid = stop_server()
-    try:
+    with stopped_server():
         with short_deadline():
             second = engine.turn(prompt, program="hung")
         # The request has gone on before the server is given up.
@@ -259,8 +265,6 @@ def hung(engine: Engine) -> None:
         late = engine.failures()["lookup_late"]
         engine.turn(second.then(tokens("hung3", 50)), program="hung")
         assert engine.failures()["lookup_late"] == late
-    finally:
-        os.kill(pid, signal.SIGCONT)
     engine.await_tier()
     engine.evict()
     assert engine.turn(prompt, program="hung").cpu == readable(711)
@@ -276,16 +280,13 @@ def hung_during_load(engine: Engine) -> None:
     with engine.held_copies("load") as go:
         request_id = engine.start(first.then(tokens("hung-load2", 50)), program="hung-load")
         engine.step_until(lambda: engine.half.reader.n_loads == 1, "load")
-        pid = stop_server()
-        try:
+        with stopped_server():
             go.set()
             with short_timeout(engine.half):
                 assert engine.finish(request_id).cpu == readable(711)
                 # Another program is to be staged: that is not answered.
                 engine.turn(tokens("hung-other", 700), program="hung-other")
                 engine.step_until(lambda: str(engine.half.tier.state) == "away", "time-out")
-        finally:
-            os.kill(pid, signal.SIGCONT)
     engine.await_tier()
     works_again(engine, "hung-load-later")
 

@@ -1,4 +1,4 @@
-"""The small chat model cut to its first layers: its tokenizer, servers and figures at a tenth of the time."""
+"""The small chat model cut to its first layers: its tokenizer, and a fraction of its time."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import zmq
@@ -70,18 +71,19 @@ def await_stopped(pid: int) -> None:
     A thread that has no processor at that moment stops when it gets one, and can answer until then.
     """
     deadline_s = time.monotonic() + WAIT_S
-    tasks = Path(f"/proc/{pid}/task")
-    while any(_state(task) not in "TZ" for task in tasks.iterdir()):
-        assert time.monotonic() < deadline_s, f"process {pid} does not stop"
+    while (states := _states(pid)) != {"T"}:
+        assert time.monotonic() < deadline_s, f"process {pid} does not stop: {states}"
         time.sleep(0.001)
 
 
-def _state(task: Path) -> str:
-    """The state of a thread, as proc(5) writes it: "T" is stopped, "Z" has ended."""
-    try:
-        return (task / "stat").read_text().rpartition(") ")[2][0]
-    except OSError:
-        return "Z"
+def _states(pid: int) -> set[str]:
+    """The states of a process's threads, as proc(5) writes them: "T" is stopped."""
+    states = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        # One may end meanwhile.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            states.add((task / "stat").read_text().rpartition(") ")[2][0])
+    return states
 
 
 def knock(endpoint: str) -> list[wire.Reply]:
