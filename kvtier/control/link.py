@@ -83,6 +83,7 @@ class EngineLink(EngineEvents):
         self._socket.connect(endpoint)
         self._pages = Pages(self._programs)
         self._patient_since_s: float | None = None
+        self._is_answered = False
         self._next_poll_s = self._next_hello_s = float("-inf")
         self._next_report_s = self._next_gauges_s = float("-inf")
         # It is being started when the engine is.
@@ -131,6 +132,8 @@ class EngineLink(EngineEvents):
     def answer(self, answers: list[messages.Answer]) -> None:
         """Tell the server what became of commands, and all that has happened until now."""
         self._report(self._clock(), answers)
+        # What the rest of the hook changes is told when the engine goes idle.
+        self._is_answered = True
 
     def report(self, now_s: float, *, idle: bool, settled: bool = True) -> None:
         """Send what has happened, if it is time: at once where the engine is about to go idle.
@@ -142,9 +145,8 @@ class EngineLink(EngineEvents):
         """
         if not self._is_followed:
             return
-        due = now_s >= self._next_gauges_s or (
-            bool(self._events) and (idle or now_s >= self._next_report_s)
-        )
+        is_news = bool(self._events) or self._is_answered
+        due = now_s >= self._next_gauges_s or (is_news and (idle or now_s >= self._next_report_s))
         if due:
             self._report(now_s)
         if not settled:
@@ -153,6 +155,7 @@ class EngineLink(EngineEvents):
     def _report(self, now_s: float, answers: list[messages.Answer] | None = None) -> None:
         self._next_report_s = now_s + REPORT_INTERVAL_S
         self._next_gauges_s = now_s + GAUGES_INTERVAL_S
+        self._is_answered = False
         self._offset_s = self._wall_clock() - now_s
         events, lost = self._take_events()
         report = messages.Report(
@@ -168,7 +171,7 @@ class EngineLink(EngineEvents):
         if not self._send(message):
             # Whoever follows next is told.
             self._lost += lost + len(events)
-        elif lost:
+        elif lost and self._is_followed:
             # The server's picture has holes now.
             self._pages.begin()
 
@@ -232,6 +235,9 @@ class EngineLink(EngineEvents):
         """Send, or find that nobody listens (any more)."""
         frame = self._frame(message)
         if frame is None:
+            if isinstance(message, messages.Answered) and message.report is not None:
+                # Somebody waits for these, whatever else cannot be written.
+                self._send(msgspec.structs.replace(message, report=None))
             return True
         try:
             self._socket.send(frame, zmq.NOBLOCK)
@@ -243,21 +249,20 @@ class EngineLink(EngineEvents):
         return True
 
     def _frame(self, message: messages.ToServer) -> bytes | None:
-        """The message as bytes; what cannot be written is left out: a program of a page, else all of it."""
+        """The message as bytes, without the programs of a page and the answers that cannot be written.
+
+        None where there is more that cannot be: then it is left out, and the events are counted as lost.
+        """
         try:
             return messages.encoder.encode(message)
         except _UNWRITABLE:
             logger.exception("a message to the control server cannot be written, and is left out")
-        if isinstance(message, messages.Report):
-            self._lost += len(message.events) + message.lost
-        if isinstance(message, messages.Answered):
-            # Somebody waits for each of them, whatever else cannot be written.
+        report = message.report if isinstance(message, messages.Answered) else message
+        if isinstance(report, messages.Report):
+            self._lost += len(report.events) + report.lost
+        elif isinstance(message, messages.Answered):
             answers = [answer for answer in message.answers if _is_writable(answer)]
-            if message.report is not None:
-                self._lost += len(message.report.events) + message.report.lost
-            return messages.encoder.encode(
-                messages.Answered(engine_id=message.engine_id, answers=answers)
-            )
+            return messages.encoder.encode(msgspec.structs.replace(message, answers=answers))
         if isinstance(message, messages.Programs):
             # One of them must not hide the others, which the server would take for gone.
             told = [state for state in message.programs if _is_writable(state)]

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from kvtier import link_messages as link
 from kvtier.control.command_desk import CommandDesk
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Part = TypeVar("Part", link.Report, link.Answer)
+
 CHECK_INTERVAL_S: Final = 1.0
 RESYNC_INTERVAL_S: Final = 0.2
+"""Between two `Resync`s to the same stranger."""
 LONGEST_RESYNC_INTERVAL_S: Final = 30.0
 """Strangers are asked who they are ever more rarely."""
-"""Between two `Resync`s to the same stranger."""
 MAX_STRANGERS: Final = 1024
 MAX_ID_CHARS: Final = 256
 
@@ -271,14 +273,20 @@ class LinkServer:
             self._follower.tier_changed(engine)
 
     def _answered(self, message: link.Answered) -> None:
-        # Nobody speaks for another engine.
-        if message.report is not None and message.report.engine_id == message.engine_id:
-            self._report(message.report)
+        if message.report is not None:
+            self._in_message(self._report, message.report, message.engine_id)
         for answer in message.answers:
-            if answer.engine_id == message.engine_id:
-                self._answer(answer)
-            else:
-                self._follower.link_error("stray_answer")
+            self._in_message(self._answer, answer, message.engine_id)
+
+    def _in_message(self, take: Callable[[Part], None], part: Part, engine_id: str) -> None:
+        """Take in a part of a message: nobody speaks for another engine, and no part keeps the next ones away."""
+        if part.engine_id != engine_id:
+            self._follower.link_error("foreign_part")
+            return
+        try:
+            take(part)
+        except Exception:
+            logger.exception("a part of a message of engine %s could not be handled", engine_id)
 
     def _answer(self, answer: link.Answer) -> None:
         if answer.policy is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
+from unittest import mock
 
 import pytest
 import zmq
@@ -243,6 +244,37 @@ def test_a_command_is_answered_whatever_else_cannot_be_written(rig: Rig, server:
     assert [m.answers for m in found if isinstance(m, messages.Answered)] == [[answer]]
     assert sum(m.lost for m in found if isinstance(m, messages.Report)) == 1
     assert rig.link.is_followed
+
+
+def test_what_can_neither_be_written_nor_sent_is_lost_once(rig: Rig, server: Server) -> None:
+    server.bind()
+    rig.engine.run(turn("r1", prompt(30), session="agent"))
+    rig.follow()
+    server.all()
+    (pin,) = rig.engine.half.pins.pins()
+    bad = {"action": "a", "reason": "r", "value": object()}
+    rig.link.decided("pause", pin.program, "r1", bad)
+    answer = messages.Answer(id=7, engine_id="engine", outcome="accepted", reason="done")
+    with mock.patch.object(rig.link._socket, "send", side_effect=zmq.Again):
+        rig.link.answer([answer])
+    assert not rig.link.is_followed
+    assert rig.link._lost == 1
+
+
+def test_an_idle_engines_figures_are_those_after_its_commands(rig: Rig, server: Server) -> None:
+    """What a hook does after it has answered may change them."""
+    server.bind()
+    rig.engine.run(turn("r1", prompt(30), session="agent"))
+    rig.follow()
+    server.all()
+    rig.link.answer([messages.Answer(id=7, engine_id="engine", outcome="accepted", reason="done")])
+    rig.engine.half.programs.forget(rig.engine.now_s + 1e9)
+    now_s = rig.engine.now_s
+    rig.link.report(now_s, idle=False)
+    rig.link.report(now_s, idle=True)
+    rig.link.report(now_s, idle=True)
+    answered, *later = server.all()
+    assert [(m.gauges.programs, answered.report.gauges.programs) for m in later] == [(0, 1)]
 
 
 def test_a_release_is_done_within_the_step_that_finds_it(rig: Rig, server: Server) -> None:

@@ -7,7 +7,7 @@ import random
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -17,10 +17,17 @@ from hypothesis import strategies as st
 from kvtier import link_messages as link
 from kvtier.control import command_desk, link_server
 from kvtier.v1 import observability_pb2, outcome_pb2, program_pb2
-from tests.unit.control.control_host import GAUGES, Host, in_background, program, wait_until
+from tests.unit.control.control_host import (
+    GAUGES,
+    POLICY,
+    Host,
+    in_background,
+    program,
+    wait_until,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.unit.control.control_host import FakeEngine
@@ -143,10 +150,85 @@ def test_an_answer_that_nobody_asked_for_is_counted_and_ignored(
     host: Host, engine: FakeEngine
 ) -> None:
     stray = link.Answer(id=99_999, engine_id="engine-0", outcome="accepted", reason="x")
-    of_another = link.Answer(id=1, engine_id="engine-1", outcome="accepted", reason="x")
-    engine.send(link.Answered(engine_id="engine-0", answers=[stray, of_another]))
+    engine.send(link.Answered(engine_id="engine-0", answers=[stray]))
     engine.settle()
-    assert errors(host, "stray_answer") == 2
+    assert errors(host, "stray_answer") == 1
+
+
+def test_no_part_of_a_message_speaks_for_another_engine(host: Host, engine: FakeEngine) -> None:
+    other = host.engine("engine-1")
+    other.join()
+    answer = link.Answer(id=1, engine_id="engine-0", outcome="accepted", reason="x", policy=POLICY)
+    report = link.Report(engine_id="engine-0", sent_s=1.0, events=[gone()], gauges=GAUGES)
+    engine.knows(program())
+    other.send(link.Answered(engine_id="engine-1", answers=[answer], report=report))
+    other.settle()
+    assert errors(host, "foreign_part") == 2
+    assert host.call(host.server.registry.program_count) == 1
+
+
+def test_all_answers_of_a_message_count_after_its_report(
+    host: Host, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_desk, "PATIENCE_S", 3600.0)
+    engine.knows(program("a"), program("b"))
+    asked = [ask_to_end(host, name) for name in ("a", "b")]
+    commands = [engine.next(link.EndCommand) for _ in asked]
+    engine.send(told(commands, events=[gone("a")]))
+    assert [result().results[0].reason for result in asked] == ["told"] * 2
+    assert host.call(host.server.registry.program_count) == 1
+
+
+def test_a_report_that_cannot_be_handled_keeps_no_answer_away(
+    host: Host,
+    engine: FakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(command_desk, "PATIENCE_S", 3600.0)
+    engine.knows(program("a"), program("b"))
+    asked = [ask_to_end(host, name) for name in ("a", "b")]
+    commands = [engine.next(link.EndCommand) for _ in asked]
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(host.server, "reported", breaks)
+    engine.send(told(commands, events=[gone("a")]))
+    assert [result().results[0].reason for result in asked] == ["told"] * 2
+    assert "planted" in caplog.text
+
+
+def test_what_a_stranger_tells_with_its_answers_is_counted_as_lost(host: Host) -> None:
+    stranger = host.engine()
+    stranger.send(told([], events=[gone(), gone()], lost=3))
+    stranger.next(link.Resync)
+    stranger.settle()
+    assert host.sample("kvtier_control_lost_events_total", where="engine") == 5
+
+
+def gone(name: str = "agent") -> link.Event:
+    return link.ProgramGone(at_s=1.0, program=program(name))
+
+
+def told(commands: list[link.EndCommand], events: list[link.Event], lost: int = 0) -> link.Answered:
+    """The answers to these commands, and what had happened."""
+    return link.Answered(
+        engine_id="engine-0",
+        answers=[
+            link.Answer(id=c.id, engine_id="engine-0", outcome="accepted", reason="told")
+            for c in commands
+        ],
+        report=link.Report(
+            engine_id="engine-0", sent_s=1.0, events=events, gauges=GAUGES, lost=lost
+        ),
+    )
+
+
+def ask_to_end(host: Host, name: str) -> Callable[[], Any]:
+    """Begin to end a program; the returned function waits for the answer."""
+    request = program_pb2.EndProgramRequest(name=name)
+    return in_background(lambda: host.client.programs.EndProgram(request))
 
 
 # -- versions ----------------------------------------------------------------------------------------
