@@ -5,8 +5,8 @@ is the ROUTER, engines and wakers are DEALERs. A message is one msgpack frame: a
 
 An engine says hello, again whenever it is asked to (`Resync`), and from then on reports what changes: the
 server keeps its picture of the programs by these events and never asks an engine to answer a read. A
-command reaches the engine at its next hook, and has exactly one `Answer`; those of one hook come together. An engine without work runs no
-hooks: a waker, in vLLM's API process, makes it run one.
+command reaches the engine at its next hook, and has exactly one `Answer`; those of one hook come together.
+An engine without work runs no hooks: a waker, in vLLM's API process, makes it run one.
 
 Times are Unix seconds (`_s`): the processes share a host, not a monotonic clock's origin.
 """

@@ -194,10 +194,13 @@ def killed_before_store(engine: Engine) -> None:
 def killed_during_store(engine: Engine) -> None:
     """The copy ends, but nobody is left to confirm it."""
     engine.await_tier()
+    # The worker maps the tier's memory with its first copy, and has none to hold back before.
+    first_turn(engine, "k-store-before")
     old = generation(engine)
     with engine.held_copies("store") as go:
         first = engine.turn(tokens("k-store", 700), program="k-store")
         engine.step_until(lambda: engine.half.stager._by_order, "store")
+        go.await_begun()
         kill_server()
         go.set()
         engine.drain()

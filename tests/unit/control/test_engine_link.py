@@ -127,6 +127,14 @@ def rig(server: Server) -> Iterator[Rig]:
     made.link.close()
 
 
+def pause_an_agent(rig: Rig, server: Server) -> None:
+    """Its turn has ended, and the server knows it."""
+    server.bind()
+    rig.engine.run(turn("r1", prompt(30), session="agent"))
+    rig.follow()
+    server.all()
+
+
 def events(found: list[Any]) -> list[messages.Event]:
     reports = [m.report if isinstance(m, messages.Answered) else m for m in found]
     return [event for r in reports if isinstance(r, messages.Report) for event in r.events]
@@ -217,10 +225,7 @@ def test_a_turn_names_its_requests_trace_and_passes_on_nothing_too_long_for_one(
 
 
 def test_a_command_gets_one_answer_after_what_it_caused(rig: Rig, server: Server) -> None:
-    server.bind()
-    rig.engine.run(turn("r1", prompt(30), session="agent"))
-    rig.follow()
-    server.all()
+    pause_an_agent(rig, server)
     server.send(messages.ReleaseCommand(id=7, program=messages.ProgramKey(None, "agent")))
     rig.wake_until(lambda: not rig.engine.pool.references)
     told = [m for m in server.all() if isinstance(m, messages.Answered)]
@@ -230,10 +235,7 @@ def test_a_command_gets_one_answer_after_what_it_caused(rig: Rig, server: Server
 
 
 def test_a_command_is_answered_whatever_else_cannot_be_written(rig: Rig, server: Server) -> None:
-    server.bind()
-    rig.engine.run(turn("r1", prompt(30), session="agent"))
-    rig.follow()
-    server.all()
+    pause_an_agent(rig, server)
     (pin,) = rig.engine.half.pins.pins()
     rig.link.decided("pause", pin.program, "r1", {"action": "a", "reason": "r", "value": object()})
     answer = messages.Answer(id=7, engine_id="engine", outcome="accepted", reason="done")
@@ -247,10 +249,7 @@ def test_a_command_is_answered_whatever_else_cannot_be_written(rig: Rig, server:
 
 
 def test_what_can_neither_be_written_nor_sent_is_lost_once(rig: Rig, server: Server) -> None:
-    server.bind()
-    rig.engine.run(turn("r1", prompt(30), session="agent"))
-    rig.follow()
-    server.all()
+    pause_an_agent(rig, server)
     (pin,) = rig.engine.half.pins.pins()
     bad = {"action": "a", "reason": "r", "value": object()}
     rig.link.decided("pause", pin.program, "r1", bad)
@@ -263,10 +262,7 @@ def test_what_can_neither_be_written_nor_sent_is_lost_once(rig: Rig, server: Ser
 
 def test_an_idle_engines_figures_are_those_after_its_commands(rig: Rig, server: Server) -> None:
     """What a hook does after it has answered may change them."""
-    server.bind()
-    rig.engine.run(turn("r1", prompt(30), session="agent"))
-    rig.follow()
-    server.all()
+    pause_an_agent(rig, server)
     rig.link.answer([messages.Answer(id=7, engine_id="engine", outcome="accepted", reason="done")])
     rig.engine.half.programs.forget(rig.engine.now_s + 1e9)
     now_s = rig.engine.now_s
@@ -278,10 +274,7 @@ def test_an_idle_engines_figures_are_those_after_its_commands(rig: Rig, server: 
 
 
 def test_a_release_is_done_within_the_step_that_finds_it(rig: Rig, server: Server) -> None:
-    server.bind()
-    rig.engine.run(turn("r1", prompt(30), session="agent"))
-    rig.follow()
-    server.all()
+    pause_an_agent(rig, server)
     assert rig.engine.pool.references
     server.send(messages.ReleaseCommand(id=7, program=messages.ProgramKey(None, "agent")))
     # The message is in the engine's socket, where no hook has looked yet.
