@@ -17,7 +17,8 @@ from kvtier.admission import AdmissionController
 from kvtier.admission_facts import AdmissionConfig
 from kvtier.backend import NoTier, TierBackend, TierState
 from kvtier.engine_config import engine_facts, tier_obstacle
-from kvtier.policy import Policy, PolicyConfig
+from kvtier.policy import Policy
+from kvtier.policy_facts import PolicyConfig
 from kvtier.programs import ProgramLimits, ProgramTable
 from kvtier.scheduler_half import SchedulerHalf
 from kvtier.stats import Stats

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from kvtier.backend import TierBackend, TierState
 from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.gpu_pin import Pin, ReleaseCause
-from kvtier.policy import PauseFacts, Policy, describe_costs
+from kvtier.policy import Policy, describe_costs
+from kvtier.policy_facts import PauseFacts
 from kvtier.ttl.holding import HoldReason
 from kvtier.turns.pin_terms import tenant_of
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvtier.admission import AdmissionConfig, AdmissionController
 from kvtier.orders import Calibration, Order, OrderResult, StepOrders
-from kvtier.policy import Policy, PolicyConfig
+from kvtier.policy import Policy
+from kvtier.policy_facts import PolicyConfig
 from kvtier.programs import ProgramLimits, ProgramTable
 from kvtier.scheduler_half import SchedulerHalf
 from kvtier.stats import Stats

@@ -10,7 +10,7 @@ import pytest
 from kvtier import link_messages as messages
 from kvtier.backend import NoTier
 from kvtier.link_messages import ProgramKey
-from kvtier.policy import PolicyConfig
+from kvtier.policy_facts import PolicyConfig
 from tests.unit.command_cases import AGENT, Rig, agent_turn, override
 from tests.unit.prefetch_cases import ends, in_pieces, loads, paused, step_until_copying
 from tests.unit.program_cases import assert_nothing_held, evict, follow_up, prompt, total, turn

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvtier.orders import Calibration, OrderResult
-from kvtier.policy import PROBE_EVERY, Policy, PolicyConfig, ReturnChoice
+from kvtier.policy import PROBE_EVERY, Policy
+from kvtier.policy_facts import PolicyConfig, ReturnChoice
 from kvtier.ttl.gaps import SurvivalCurve
 from kvtier.turns.engine_facts import StepFacts
 from tests.unit.fake_vllm import engine_facts

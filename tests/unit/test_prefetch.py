@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvtier.gpu_pin import ReleaseCause
-from kvtier.policy import PolicyConfig
+from kvtier.policy_facts import PolicyConfig
 from kvtier.ttl.overrides import TtlOverride
 from kvtier.ttl.tenant_budgets import TenantBudget
 from kvtier.turns.live_mode import Mode

@@ -11,7 +11,8 @@ from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.gpu_pin import PinTable, ReleaseCause
 from kvtier.identity.request_params import RequestHints
 from kvtier.orders import OrderIds
-from kvtier.policy import Policy, PolicyConfig
+from kvtier.policy import Policy
+from kvtier.policy_facts import PolicyConfig
 from kvtier.stats import Stats
 from kvtier.turns.block_pool import VllmBlockPool
 from kvtier.turns.decision_log import DecisionLog

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvtier.policy import PolicyConfig
+from kvtier.policy_facts import PolicyConfig
 from kvtier.turns.decision_log import DecisionLog
 from tests.unit.mini_engine import MiniEngine
 from tests.unit.program_cases import (
