@@ -121,7 +121,8 @@ def link(
     if check is not None and check.demo is not None:
         console.print(
             f"median error over the demo's {len(check.demo.reloads)} reloads: "
-            f"{check.demo.median_error:.1%}"
+            f"{check.demo.median_error:.1%} (predicted over measured: {check.demo.median_ratio:.2f}; with the "
+            f"best single rate, chosen afterwards: {check.demo.scatter:.1%})"
         )
 
 

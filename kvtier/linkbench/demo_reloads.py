@@ -24,11 +24,29 @@ class DemoReloads:
         """Median distance of a prediction from the measured time, as a share of it."""
         return statistics.median(abs(p - s) / s for _, p, s in self.reloads)
 
+    @property
+    def median_ratio(self) -> float:
+        """Predicted over measured time, median: 1 where the model is right on the whole."""
+        return statistics.median(p / s for _, p, s in self.reloads)
+
+    @property
+    def scatter(self) -> float:
+        """Median error of the one rate, seconds a token, that fits these reloads best: what no model of the link explains.
+
+        Other threads that had the core in the meantime, say.
+        """
+        rates = [s / tokens for tokens, _, s in self.reloads]
+        return min(statistics.median(abs(best / rate - 1) for rate in rates) for best in rates)
+
     def as_object(self) -> dict[str, Any]:
         """For JSON."""
         names = ("tokens", "predicted_s", "measured_s")
-        rows = [dict(zip(names, reload, strict=True)) for reload in self.reloads]
-        return {"median_error": self.median_error, "reloads": rows}
+        return {
+            "median_error": self.median_error,
+            "median_ratio": self.median_ratio,
+            "scatter": self.scatter,
+            "reloads": [dict(zip(names, reload, strict=True)) for reload in self.reloads],
+        }
 
 
 def demo_reloads(path: Path) -> DemoReloads:
