@@ -23,12 +23,17 @@ _PERCENTILES = (50, 95, 99)
 
 @dataclass(frozen=True, slots=True)
 class ArmResult:
-    """One arm's run, the decisions it logged, and how long its servers took to start."""
+    """One arm's run, the decisions it logged, and how long its servers took to start.
+
+    Attributes:
+        aging_s: kvtier's setting of that name, which depends on the arm before.
+    """
 
     arm: Arm
     run: ArmRun
     start_s: float
     decisions: tuple[Mapping[str, Any], ...] = field(default=())
+    aging_s: float | None = None
 
 
 def read_decisions(path: Path) -> tuple[Mapping[str, Any], ...]:
@@ -97,6 +102,7 @@ def summarise(result: ArmResult, programs: int) -> dict[str, Any]:
         "steps": counters.steps,
         "wall_s": result.run.wall_s,
         "server_start_s": result.start_s,
+        "aging_s": result.aging_s,
         "decision_us_p50": _percentile(decision_us, 50) if decision_us else None,
         "decision_us_p99": _percentile(decision_us, 99) if decision_us else None,
         "work_digest": result.run.work_digest,

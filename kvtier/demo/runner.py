@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtier.demo.arms import (
+    AGING_S,
+    AGING_SHARE,
     Arm,
     EngineConfig,
     engine_command,
@@ -45,16 +47,34 @@ class DemoRun:
 
 
 def run_arms(run: DemoRun, progress: DemoProgress) -> list[ArmResult]:
-    """Run every arm.
+    """Run every arm, kvtier's with a patience that suits the machine: see `aging_s`.
 
     Raises:
         ServerError: a server did not start, or ended while the programs ran.
         WorkError: a server did other work than recorded.
     """
-    return [_run_arm(run, arm, progress) for arm in run.arms]
+    results: list[ArmResult] = []
+    for arm in run.arms:
+        results.append(_run_arm(run, arm, aging_s(results), progress))
+    return results
 
 
-def _run_arm(run: DemoRun, arm: Arm, progress: DemoProgress) -> ArmResult:
+def aging_s(before: Sequence[ArmResult]) -> float:
+    """How long kvtier may let new programs wait, seconds.
+
+    Nobody is to wait for longer than on plain vLLM, and how long that is depends on the machine: a number of seconds
+    that suits one lets every program age, or none, on another.
+
+    Args:
+        before: The arms that have run.
+    """
+    plain = [
+        turn.ttft_s for result in before if result.arm is Arm.PLAIN for turn in result.run.turns
+    ]
+    return round(AGING_SHARE * max(plain), 1) if plain else AGING_S
+
+
+def _run_arm(run: DemoRun, arm: Arm, patience_s: float, progress: DemoProgress) -> ArmResult:
     work_dir = run.work_dir / arm.value
     work_dir.mkdir()
     decision_log = work_dir / "decisions.jsonl"
@@ -70,7 +90,7 @@ def _run_arm(run: DemoRun, arm: Arm, progress: DemoProgress) -> ArmResult:
         if arm is Arm.STOCK:
             transfer = stock_transfer(_start_stock_lmcache(run.engine, servers, arm, progress))
         elif arm is Arm.KVTIER:
-            transfer = kvtier_transfer(run.engine, decision_log)
+            transfer = kvtier_transfer(run.engine, decision_log, patience_s)
         (port,) = free_ports(1)
         url = f"http://{LOOPBACK}:{port}"
         command = engine_command(run.engine, port, transfer)
@@ -86,7 +106,13 @@ def _run_arm(run: DemoRun, arm: Arm, progress: DemoProgress) -> ArmResult:
             ready_gauge=_TIER_READY_GAUGE if arm is Arm.KVTIER else None,
         )
         arm_run = asyncio.run(_run_watched(driver, servers.check))
-    result = ArmResult(arm, arm_run, start_s, read_decisions(decision_log))
+    result = ArmResult(
+        arm,
+        arm_run,
+        start_s,
+        read_decisions(decision_log),
+        aging_s=patience_s if arm is Arm.KVTIER else None,
+    )
     jct_s = job_completion_s(arm_run.turns)
     progress.finished(arm, sum(jct_s.values()) / len(jct_s))
     return result

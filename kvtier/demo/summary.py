@@ -54,7 +54,13 @@ def print_summary(report: Mapping[str, Any], console: Console) -> None:
     if len(rows) > 1:
         console.print(
             "Means are over programs. kvtier serves programs in the order in which they came: the last "
-            "ones wait longest for their first token."
+            f"ones wait longest for their first token.{_patience(rows)}"
         )
     if report["same_work"]:
         console.print(f"same work in every arm: SHA-256 {report['work_digest'][:16]}...")
+
+
+def _patience(rows: list[Row]) -> str:
+    aging_s = next((row["aging_s"] for row in rows if row["aging_s"] is not None), None)
+    # From then on nobody is let past them.
+    return "" if aging_s is None else f" A new program ages after {aging_s:.0f} s (kvtier.aging_s)."

@@ -80,10 +80,11 @@ def test_stock_lmcache_and_kvtier_have_the_same_memory_and_chunks(model: Path) -
 
 
 def test_kvtier_accepts_the_demos_settings(model: Path) -> None:
-    transfer = arms.kvtier_transfer(config(model), model / "log")
+    transfer = arms.kvtier_transfer(config(model), model / "log", 12.5)
     extra: Any = transfer["kv_connector_extra_config"]
     settings = Settings.load(extra, environ={})
     assert settings.decision_log == model / "log"
+    assert settings.aging_s == 12.5
     assert settings.chunk_tokens == 64
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvtier.demo.arms import Arm
+from kvtier.demo.arms import AGING_S, Arm
 from kvtier.demo.driver import ArmRun, TurnRecord
 from kvtier.demo.metrics_scrape import EngineCounters
 from kvtier.demo.report import (
@@ -19,6 +19,7 @@ from kvtier.demo.report import (
     render_html,
     write_json,
 )
+from kvtier.demo.runner import aging_s
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,9 +98,18 @@ DECISIONS = (
 def report(**changes: Any) -> dict[str, Any]:
     results = [
         ArmResult(Arm.PLAIN, run(2.0), 9.0),
-        ArmResult(Arm.KVTIER, run(1.0, **changes), 9.0, DECISIONS),
+        ArmResult(Arm.KVTIER, run(1.0, **changes), 9.0, DECISIONS, aging_s=12.5),
     ]
     return build_report(CONFIG, "d1", 2, results)
+
+
+def test_kvtiers_programs_age_as_the_longest_wait_on_plain_vllm_demands() -> None:
+    plain = ArmResult(Arm.PLAIN, run(2.0), 9.0)
+    longest_s = max(turn.ttft_s for turn in plain.run.turns)
+    assert aging_s([plain, ArmResult(Arm.STOCK, run(5.0), 9.0)]) == pytest.approx(
+        0.8 * longest_s, abs=0.1
+    )
+    assert aging_s([]) == aging_s([ArmResult(Arm.STOCK, run(5.0), 9.0)]) == AGING_S
 
 
 def test_every_result_has_the_contracts_fields() -> None:
@@ -110,6 +120,7 @@ def test_every_result_has_the_contracts_fields() -> None:
         assert set(CONTRACT) <= row.keys()
         for name in CONTRACT[1:-2]:
             assert isinstance(row[name], int | float), name
+    assert [row["aging_s"] for row in made["results"]] == [None, 12.5]
 
 
 def test_figures() -> None:
