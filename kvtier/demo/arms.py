@@ -30,7 +30,7 @@ CHUNK_TOKENS = 64
 AGING_S = 35.0
 """Where plain vLLM has not run before: what `AGING_SHARE` comes to on a quick CPU."""
 AGING_SHARE = 0.75
-"""kvtier's new programs age after this part of the longest wait for a first token on plain vLLM."""
+"""kvtier's new programs age after this part of the longest wait for a token on plain vLLM, whoever's turn waited."""
 _GIB = 1 << 30
 # A program may grow to this length when the KV memory allows it.
 _MODEL_TOKENS = 5600

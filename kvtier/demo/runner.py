@@ -62,8 +62,8 @@ def run_arms(run: DemoRun, progress: DemoProgress) -> list[ArmResult]:
 def aging_s(before: Sequence[ArmResult]) -> float:
     """How long kvtier may let new programs wait, seconds.
 
-    Nobody is to wait for longer than on plain vLLM, and how long that is depends on the machine: a number of seconds
-    that suits one lets every program age, or none, on another.
+    No turn is to wait for longer than the longest did on plain vLLM, where those that return wait longest. How long that
+    is depends on the machine: a number of seconds that suits one lets every program age, or none, on another.
 
     Args:
         before: The arms that have run.
@@ -71,7 +71,8 @@ def aging_s(before: Sequence[ArmResult]) -> float:
     plain = [
         turn.ttft_s for result in before if result.arm is Arm.PLAIN for turn in result.run.turns
     ]
-    return round(AGING_SHARE * max(plain), 1) if plain else AGING_S
+    # 0 would be: never.
+    return max(0.1, round(AGING_SHARE * max(plain), 1)) if plain else AGING_S
 
 
 def _run_arm(run: DemoRun, arm: Arm, patience_s: float, progress: DemoProgress) -> ArmResult:

@@ -31,12 +31,15 @@ class DemoReloads:
 
     @property
     def scatter(self) -> float:
-        """Median error of the one rate, seconds a token, that fits these reloads best: what no model of the link explains.
+        """What one rate leaves, chosen afterwards: more than half of the reloads are within this share of it.
 
-        Other threads that had the core in the meantime, say.
+        No other rate leaves less. Other threads that had the core in the meantime, say.
         """
-        rates = [s / tokens for tokens, _, s in self.reloads]
-        return min(statistics.median(abs(best / rate - 1) for rate in rates) for best in rates)
+        rates = sorted(tokens / s for tokens, _, s in self.reloads)
+        half = len(rates) // 2
+        return min(
+            (high - low) / (high + low) for low, high in zip(rates, rates[half:], strict=False)
+        )
 
     def as_object(self) -> dict[str, Any]:
         """For JSON."""
@@ -61,7 +64,7 @@ def demo_reloads(path: Path) -> DemoReloads:
         found = tuple(
             (int(e["tokens"]), float(e["predicted_s"]), float(e["seconds"]))
             for e in loaded
-            if e["ok"] and e["seconds"] > 0
+            if e["ok"] and e["seconds"] > 0 and e["tokens"] > 0
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PathError(f"{path.name} is not of kvtier demo --json: {error!r}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
@@ -104,11 +105,13 @@ def report(**changes: Any) -> dict[str, Any]:
 
 
 def test_kvtiers_programs_age_as_the_longest_wait_on_plain_vllm_demands() -> None:
-    plain = ArmResult(Arm.PLAIN, run(2.0), 9.0)
-    longest_s = max(turn.ttft_s for turn in plain.run.turns)
-    assert aging_s([plain, ArmResult(Arm.STOCK, run(5.0), 9.0)]) == pytest.approx(
-        0.8 * longest_s, abs=0.1
-    )
+    def plain(ttft_s: float) -> ArmResult:
+        turns = (turn("ada", 0, 0.0), turn("ada", 1, 5.0, first_token_s=5.0 + ttft_s))
+        return ArmResult(Arm.PLAIN, replace(run(), turns=turns), 9.0)
+
+    assert aging_s([plain(100.0), ArmResult(Arm.STOCK, run(5.0), 9.0)]) == 75.0
+    # kvtier takes 0 for: never.
+    assert aging_s([plain(0.01)]) > 0
     assert aging_s([]) == aging_s([ArmResult(Arm.STOCK, run(5.0), 9.0)]) == AGING_S
 
 

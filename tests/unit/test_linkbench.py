@@ -287,8 +287,8 @@ def test_a_demos_reloads_are_read_from_its_file(tmp_path: Path) -> None:
     assert found.reloads == ((64, 0.9, 1.0), (64, 3.0, 2.0), (64, 5.0, 4.0))
     assert found.median_error == pytest.approx(0.25)
     assert found.median_ratio == pytest.approx(1.25)
-    # At one second for 64 tokens the first is right, and the others are off by a half and three quarters.
-    assert found.scatter == pytest.approx(0.5)
+    # At 3/8 of the first one's rate the last two, 1/2 and 1/4 of it, are off by a third each.
+    assert found.scatter == pytest.approx(1 / 3)
     check = ModelCheck((Prediction(SMALL, 16, "runs4", 1.0, 2.0),), found)
     assert check.as_object()["demo"]["reloads"][0]["predicted_s"] == 0.9
 
