@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvtier.cli import app
+from kvtier.demo.arms import AGING_SHARE
 from kvtier.setup.model import is_ready, model_dir
 from tests.engine.short_model import write_short_model
 
@@ -78,6 +79,8 @@ def test_every_arm_does_the_same_work_and_reuses_what_it_can(
     assert report["same_work"] is True
     rows = {row["policy"]: row for row in report["results"]}
     assert list(rows) == ["vllm-lru", "offload-lru", "kvtier"]
+    longest_s = rows["vllm-lru"]["max_ttft_s"]
+    assert rows["kvtier"]["aging_s"] == pytest.approx(AGING_SHARE * longest_s, abs=0.06)
     for row in rows.values():
         assert row["work_digest"] == report["work_digest"]
         assert (row["programs"], row["completed"], len(row["turns"])) == (2, 2, 4)
