@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import zmq
 
 from kvtier import link_messages as messages
+from kvtier.control import engine_picture
 from kvtier.control.engine_status import EngineStatus
 from kvtier.control.link import EngineLink
 from tests.unit.fake_vllm import BLOCK_TOKENS
@@ -15,6 +16,8 @@ from tests.unit.program_cases import prompt, turn
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
 UNIX_S = 1_700_000_000.0
 Kind = TypeVar("Kind")
@@ -123,6 +126,16 @@ def many(rig: Rig, n_programs: int) -> None:
     """So many programs pause."""
     for i in range(n_programs):
         rig.engine.run(turn(f"r{i}", prompt(8, i), session=f"agent-{i}", hints={"pin": False}))
+
+
+def follow_in_pages(
+    rig: Rig, n_programs: int, page_programs: int, monkeypatch: pytest.MonkeyPatch
+) -> messages.Programs:
+    """A server follows an engine with so many paused programs; the first page."""
+    monkeypatch.setattr(engine_picture, "PAGE_PROGRAMS", page_programs)
+    many(rig, n_programs)
+    rig.server.bind()
+    return rig.follow()
 
 
 def names(pages: list[messages.Programs]) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvtier import link_messages as messages
-from kvtier.control import engine_events, engine_picture
+from kvtier.control import engine_events
 from kvtier.control import link as link_module
-from tests.unit.control.link_rig import UNIX_S, Rig, Server, events, many, names
+from tests.unit.control.link_rig import UNIX_S, Rig, Server, events, follow_in_pages, names
 from tests.unit.program_cases import follow_up, prompt, turn
 
 
@@ -123,10 +123,7 @@ def test_too_many_events_are_counted_and_the_picture_is_sent_anew(
 def test_nothing_is_kept_to_be_told_when_the_server_goes(
     rig: Rig, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_picture, "PAGE_PROGRAMS", 1)
-    many(rig, 5)
-    server.bind()
-    rig.follow()
+    follow_in_pages(rig, 5, 1, monkeypatch)
     server.close()
     for _ in range(100):
         if not rig.engine.half.has_work():

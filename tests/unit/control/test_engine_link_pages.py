@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvtier import link_messages as messages
-from kvtier.control import engine_picture
 from kvtier.control.registry import Registry
 from kvtier.programs import ProgramId
-from tests.unit.control.link_rig import Rig, Server, many, names
+from tests.unit.control.link_rig import Rig, Server, follow_in_pages, names
 from tests.unit.program_cases import prompt, turn
 
 if TYPE_CHECKING:
@@ -18,10 +17,7 @@ if TYPE_CHECKING:
 def test_many_programs_come_in_pages_one_a_step(
     rig: Rig, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_picture, "PAGE_PROGRAMS", 4)
-    many(rig, 10)
-    server.bind()
-    found = [rig.follow()]
+    found = [follow_in_pages(rig, 10, 4, monkeypatch)]
     assert rig.engine.half.has_work(), "an idle engine must step until all is told"
     while rig.engine.half.has_work():
         rig.engine.step()
@@ -39,10 +35,7 @@ def test_many_programs_come_in_pages_one_a_step(
 def test_many_hooks_of_one_step_tell_one_page(
     rig: Rig, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_picture, "PAGE_PROGRAMS", 4)
-    many(rig, 10)
-    server.bind()
-    rig.follow()
+    follow_in_pages(rig, 10, 4, monkeypatch)
     for i in range(5):
         rig.engine.half.on_new_request(turn(f"q{i}", prompt(8), session="q"))
     assert len([m for m in server.all() if isinstance(m, messages.Programs)]) <= 1
@@ -52,10 +45,7 @@ def test_what_happens_between_pages_is_told_in_order(
     rig: Rig, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server's picture is the engine's, whenever programs come, go on and end."""
-    monkeypatch.setattr(engine_picture, "PAGE_PROGRAMS", 3)
-    many(rig, 8)
-    server.bind()
-    messages_in_order: list[Any] = [rig.follow()]
+    messages_in_order: list[Any] = [follow_in_pages(rig, 8, 3, monkeypatch)]
     half = rig.engine.half
     for i in (7, 0, 5):
         rig.engine.run(turn(f"again-{i}", prompt(12, i), session=f"agent-{i}"))
@@ -90,10 +80,7 @@ def test_what_happens_between_pages_is_told_in_order(
 def test_a_server_that_reads_slowly_gets_its_pages_later(
     rig: Rig, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_picture, "PAGE_PROGRAMS", 1)
-    many(rig, 20)
-    server.bind()
-    found = [rig.follow()]
+    found = [follow_in_pages(rig, 20, 1, monkeypatch)]
     monkeypatch.setattr(rig.link, "_can_send", lambda: False)
     for _ in range(5):
         rig.engine.now_s += 0.1
