@@ -339,7 +339,7 @@ def main() -> int:
     parser.add_argument("--context-tokens", type=int, default=4096, help="of one copy")
     parser.add_argument("--depth", type=int, default=64, help="copies queued before each step")
     parser.add_argument("--threads", type=int, default=1, help="of the engine")
-    parser.add_argument("--python-copies", action="store_true", help="must fail the limits")
+    parser.add_argument("--python-copies", action="store_true", help="must fail the second limit")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
     if os.environ.get("OMP_NUM_THREADS") != str(options.threads):

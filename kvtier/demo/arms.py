@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BLOCK_TOKENS = 32
 CHUNK_TOKENS = 64
 AGING_S = 35.0
-"""Where plain vLLM has not run before: what `AGING_SHARE` comes to on a quick CPU."""
+"""Where plain vLLM has not run before: about what `AGING_SHARE` comes to on a CPU that multiplies bfloat16."""
 AGING_SHARE = 0.75
 """kvtier's new programs age after this part of the longest wait for a token on plain vLLM, whoever's turn waited."""
 _GIB = 1 << 30

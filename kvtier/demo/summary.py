@@ -63,4 +63,4 @@ def print_summary(report: Mapping[str, Any], console: Console) -> None:
 def _patience(rows: list[Row]) -> str:
     aging_s = next((row["aging_s"] for row in rows if row["aging_s"] is not None), None)
     # From then on nobody is let past them.
-    return "" if aging_s is None else f" A new program ages after {aging_s:.0f} s (kvtier.aging_s)."
+    return "" if aging_s is None else f" A new program ages after {aging_s:g} s (kvtier.aging_s)."
