@@ -92,8 +92,8 @@ class Policy:
         self.load_link = LinkEstimator(_times(self.facts.ranks, LinkModel(*calibration.load)))
         self.profile_path = calibration.profile_path
         self.calibrated_s = calibration.measured_s
-        for cached_tokens, new_tokens, seconds in calibration.prefill:
-            self.prefill.observe(cached_tokens, new_tokens, seconds)
+        if calibration.prefill:
+            self.prefill = PrefillEstimator.from_samples(self.prefill.model(), calibration.prefill)
 
     # -- observations ------------------------------------------------------------------------------
 

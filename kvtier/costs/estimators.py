@@ -8,6 +8,7 @@ The initial model comes from calibration, or from a formula before the first cal
 import math
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtier.costs.fitting import DECAY, DecayedFit, check_seconds
@@ -213,6 +214,25 @@ class PrefillEstimator:
             raise ValueError(msg)
         self._fit = DecayedFit(initial.coefficients)
         self._model = initial
+
+    @classmethod
+    def from_samples(
+        cls, shape: PrefillModel, samples: Sequence[tuple[int, int, float]]
+    ) -> "PrefillEstimator":
+        """Start from measured prefills, ``(cached_tokens, new_tokens, seconds)``, at least one.
+
+        ``shape`` tells what they do not: it is brought to their speed by the median first. Else measurements
+        that a guess is far from would pass for outliers, as those of a model on a CPU for a GPU's guess.
+
+        Raises:
+            ValueError: as :meth:`observe`.
+        """
+        ratios = sorted(s / max(shape.seconds(cached, new), 1e-9) for cached, new, s in samples)
+        scale = max(ratios[len(ratios) // 2], 1e-9)
+        estimator = cls(PrefillModel(*(scale * value for value in shape.coefficients)))
+        for cached_tokens, new_tokens, seconds in samples:
+            estimator.observe(cached_tokens, new_tokens, seconds)
+        return estimator
 
     def observe(self, cached_tokens: int, new_tokens: int, seconds: float) -> None:
         """Add one measured prefill of ``new_tokens`` after ``cached_tokens``.

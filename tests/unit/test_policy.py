@@ -49,6 +49,19 @@ def test_all_ranks_copy_at_once_over_links_of_their_own() -> None:
     )
 
 
+@pytest.mark.parametrize("seconds", [1e-3, 30.0])
+def test_a_calibrated_prefill_is_believed_however_far_from_the_guess(
+    policy: Policy, seconds: float
+) -> None:
+    """A model on a CPU takes thousands of times as long as the guess for a GPU."""
+    link = (1e-4, ((4096, 1e9),))
+    measured = tuple((cached, 512, seconds * (1 + cached / 8192)) for cached in (0, 2048, 8192))
+    policy.seed_from(Calibration(store=link, load=link, prefill=measured, profile_path=""))
+    for cached_tokens, new_tokens, taken_s in measured:
+        predicted_s = policy.prefill.model().seconds(cached_tokens, new_tokens)
+        assert predicted_s == pytest.approx(taken_s, rel=0.25)
+
+
 def returning(policy: Policy) -> ReturnChoice:
     choice, _ = policy.decide_return(65, 0, 64, backlog_tokens=0, waiting_requests=0)
     policy.observe_return(choice.reason)
