@@ -140,8 +140,12 @@ def engine_command(
 def engine_environment(config: EngineConfig) -> dict[str, str]:
     """Environment of ``vllm serve``, the same for every arm."""
     env = engine_env(os.environ, cpu=config.on_cpu, offline=True)
-    if config.on_cpu and config.engine_threads is not None:
-        env["OMP_NUM_THREADS"] = str(config.engine_threads)
+    if config.on_cpu:
+        if config.engine_threads is not None:
+            env["OMP_NUM_THREADS"] = str(config.engine_threads)
+        # The model runs in the engine's process. Where it has one of its own, the engine polls without a rest until a step
+        # is over: of two cores, none is left to tools, copies and the other servers.
+        env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if sys.dont_write_bytecode:
         # Compiling torch's and vLLM's sources anew would dominate every start.
         env.pop("PYTHONDONTWRITEBYTECODE", None)

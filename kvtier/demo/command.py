@@ -20,13 +20,21 @@ from tokenizers import Tokenizer
 
 from kvtier import __version__
 from kvtier.demo import repo_tools
-from kvtier.demo.arms import BLOCK_TOKENS, CHUNK_TOKENS, Arm, EngineConfig, engine_environment
+from kvtier.demo.arms import (
+    AGING_S,
+    BLOCK_TOKENS,
+    CHUNK_TOKENS,
+    Arm,
+    EngineConfig,
+    engine_environment,
+)
 from kvtier.demo.driver import WorkError
 from kvtier.demo.number_format import engine_dtype
 from kvtier.demo.progress import DemoProgress
 from kvtier.demo.report import ArmResult, build_report, render_html, write_json
 from kvtier.demo.runner import DemoRun, run_arms
 from kvtier.demo.servers import ServerError
+from kvtier.demo.sizes import Size, SizeName, choose_size
 from kvtier.demo.summary import print_summary
 from kvtier.demo.workload import Workload, WorkloadConfig, build_workload
 from kvtier.server.launch import SupervisorError, shm_free_bytes
@@ -35,7 +43,11 @@ from kvtier.stop_signals import as_interrupt
 
 _GIB = 1 << 30
 _MIB = 1 << 20
-_DEFAULT_KV_TOKENS = 130 * BLOCK_TOKENS
+_BY_SIZE = "that of the size"
+_WHY_SMALL = (
+    "this CPU does not multiply bfloat16: the demo computes in float32, the small workload (ten to fifteen minutes). "
+    "--size full takes half an hour"
+)
 
 
 def demo(
@@ -46,21 +58,37 @@ def demo(
     html_file: Annotated[
         Path | None, typer.Option("--html", help="Write a self-contained page to this file.")
     ] = None,
-    programs: Annotated[int, typer.Option(min=1, help="Number of agents.")] = 8,
-    turns: Annotated[int, typer.Option(min=1, help="Turns of each agent.")] = 6,
+    size: Annotated[
+        SizeName,
+        typer.Option(
+            help="How much work: full is 10 agents of 6 turns and some 2,000 tokens, small of 4 turns and 1,300. "
+            "auto is full where the engine computes in bfloat16, small on a CPU that does not multiply it."
+        ),
+    ] = SizeName.AUTO,
+    programs: Annotated[
+        int | None, typer.Option(min=1, help="Number of agents.", show_default=_BY_SIZE)
+    ] = None,
+    turns: Annotated[
+        int | None, typer.Option(min=1, help="Turns of each agent.", show_default=_BY_SIZE)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 5,
     arms: Annotated[
-        str, typer.Option(help="Engines to run, in this order: plain, stock, kvtier.")
+        str,
+        typer.Option(
+            help="Engines to run, in this order: plain, stock, kvtier. kvtier's patience with new programs "
+            f"follows the longest wait on plain; without plain before it, it is {AGING_S:g} s."
+        ),
     ] = "plain,stock,kvtier",
     kv_tokens: Annotated[
-        int, typer.Option(min=1, help="KV memory of the engine in tokens.")
-    ] = _DEFAULT_KV_TOKENS,
+        int | None,
+        typer.Option(min=1, help="KV memory of the engine in tokens.", show_default=_BY_SIZE),
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Model directory; default is the built-in small model.")
     ] = None,
     cpu_tier_gib: Annotated[
         float, typer.Option(min=0.1, help="CPU memory for KV in GiB (stock and kvtier).")
-    ] = 1.0,
+    ] = 1.5,
     engine_threads: Annotated[
         int | None,
         typer.Option(min=1, help="Threads of a CPU engine; default leaves one core free."),
@@ -85,22 +113,26 @@ def demo(
             _check_writable(output)
         logs.mkdir(parents=True, exist_ok=True)
         model_dir = model or ensure_model()
-        workload = _build_workload(model_dir, WorkloadConfig(programs, turns, seed))
         on_cpu = "cpu" in metadata.version("vllm")
+        dtype = engine_dtype(on_cpu=on_cpu)
+        chosen_size = choose_size(size, dtype)
+        workload = _build_workload(model_dir, _workload_config(chosen_size, programs, turns, seed))
         engine = EngineConfig(
             model=model_dir,
-            kv_tokens=kv_tokens,
+            kv_tokens=kv_tokens or chosen_size.kv_tokens,
             longest_tokens=workload.longest_tokens,
             cpu_tier_bytes=int(cpu_tier_gib * _GIB),
             engine_threads=engine_threads,
             on_cpu=on_cpu,
-            dtype=engine_dtype(on_cpu=on_cpu),
+            dtype=dtype,
         )
+        if size is SizeName.AUTO and chosen_size.name is SizeName.SMALL:
+            console.print(_WHY_SMALL, highlight=False, soft_wrap=True)
         if set(chosen) != {Arm.PLAIN}:
             _check_shared_memory(engine.cpu_tier_bytes)
         with (
             as_interrupt(signal.SIGTERM),
-            DemoProgress(console, chosen, programs, workload.turns) as progress,
+            DemoProgress(console, chosen, len(workload.programs), workload.turns) as progress,
         ):
             results = run_arms(DemoRun(workload, engine, chosen, logs), progress)
     except KeyboardInterrupt:
@@ -120,19 +152,20 @@ def demo(
     finally:
         if work_dir is None:
             shutil.rmtree(logs, ignore_errors=True)
-    _publish(console, workload, engine, results, json_file, html_file)
+    _publish(console, workload, engine, chosen_size, results, json_file, html_file)
 
 
 def _publish(
     console: Console,
     workload: Workload,
     engine: EngineConfig,
+    size: Size,
     results: list[ArmResult],
     json_file: Path | None,
     html_file: Path | None,
 ) -> None:
     report = build_report(
-        _config_object(workload, engine), workload.digest(), len(workload.programs), results
+        _config_object(workload, engine, size), workload.digest(), len(workload.programs), results
     )
     print_summary(report, console)
     if json_file is not None:
@@ -171,6 +204,19 @@ def _check_shared_memory(need_bytes: int) -> None:
         raise SupervisorError(message)
 
 
+def _workload_config(
+    size: Size, programs: int | None, turns: int | None, seed: int
+) -> WorkloadConfig:
+    return WorkloadConfig(
+        programs or size.programs,
+        turns or size.turns,
+        seed,
+        first_prompt_tokens=size.first_prompt_tokens,
+        output_tokens=size.output_tokens,
+        result_tokens=size.result_tokens,
+    )
+
+
 def _build_workload(model_dir: Path, config: WorkloadConfig) -> Workload:
     tokenizer = Tokenizer.from_str((model_dir / "tokenizer.json").read_text(encoding="utf-8"))
 
@@ -181,10 +227,11 @@ def _build_workload(model_dir: Path, config: WorkloadConfig) -> Workload:
     return build_workload(config, encode, repo_tools.load_corpus())
 
 
-def _config_object(workload: Workload, engine: EngineConfig) -> dict[str, Any]:
+def _config_object(workload: Workload, engine: EngineConfig, size: Size) -> dict[str, Any]:
     """What was run, in JSON types."""
     final_tokens = [program.final_tokens for program in workload.programs]
     return asdict(workload.config) | {
+        "size": size.name.value,
         "model": engine.model.name,
         "kv_tokens": engine.blocks * BLOCK_TOKENS,
         "block_tokens": BLOCK_TOKENS,

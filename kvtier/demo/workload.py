@@ -4,9 +4,8 @@ Every program is an agent that explores one package of the standard library: a s
 prompt and a task with source text, then turns of *assistant text with a tool call* and
 *tool result*. Prompts and outputs are fixed here, before any engine runs, so every arm
 does the same work; :mod:`kvtier.demo.forced_tokens` makes the engine generate exactly the
-recorded output. Sizes and gaps follow the shape that the project measures agents with:
-first prompts of 900-1,500 tokens, outputs of 20-60, tool results of 80-240, tool times
-log-normal(0.3, 0.8) seconds, programs starting one second apart.
+recorded output. Sizes are those of :mod:`kvtier.demo.sizes`; tool times are
+log-normal(0.3, 0.8) seconds, and programs start two seconds apart.
 
 Pure: no engine, no clock, no files; the tokenizer and the source text are passed in.
 """
@@ -59,16 +58,16 @@ class WorkloadConfig:
     """What to generate.
 
     Token ranges are inclusive-exclusive as in ``range``; ``start_interval_s`` is the time
-    between the arrivals of two programs.
+    between the arrivals of two programs. Outputs that call a tool are as long as the call at least.
     """
 
-    programs: int = 8
-    turns: int = 6
+    programs: int
+    turns: int
     seed: int = 5
     first_prompt_tokens: tuple[int, int] = (900, 1500)
-    output_tokens: tuple[int, int] = (20, 60)
+    output_tokens: tuple[int, int] = (20, 40)
     result_tokens: tuple[int, int] = (80, 240)
-    start_interval_s: float = 1.0
+    start_interval_s: float = 2.0
 
     def __post_init__(self) -> None:
         """Refuse empty workloads."""

@@ -71,8 +71,10 @@ def test_every_arm_does_the_same_work_and_reuses_what_it_can(
         write_short_model(model_dir(), model, layers)
     # One program fits at a time: its KV has gone from the engine when it returns.
     report = run_demo(
-        tmp_path, "--kv-tokens", "2240", "--cpu-tier-gib", "0.5", "--model", str(model)
+        tmp_path,
+        *("--size", "small", "--kv-tokens", "1344", "--cpu-tier-gib", "0.5", "--model", str(model)),
     )
+    assert report["config"]["size"] == "small"
     assert own_processes() <= before
     assert left_of_the_run(tmp_path) == []
 

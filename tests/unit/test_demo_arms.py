@@ -14,6 +14,7 @@ from kvtier.config import Settings
 from kvtier.demo import arms
 from kvtier.demo.arms import EngineConfig
 from kvtier.demo.number_format import engine_dtype
+from kvtier.demo.sizes import SIZES, SizeName, choose_size
 from kvtier.server.launch import Endpoint
 
 if TYPE_CHECKING:
@@ -89,7 +90,11 @@ def test_kvtier_accepts_the_demos_settings(model: Path) -> None:
 
 
 def test_threads_may_be_set(model: Path) -> None:
-    assert arms.engine_environment(config(model, engine_threads=3))["OMP_NUM_THREADS"] == "3"
+    env = arms.engine_environment(config(model, engine_threads=3))
+    assert env["OMP_NUM_THREADS"] == "3"
+    assert env["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    on_gpu = arms.engine_environment(config(model, on_cpu=False))
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in on_gpu
 
 
 def test_a_program_must_fit_alone(model: Path) -> None:
@@ -146,3 +151,22 @@ def test_bad_input_is_told_before_anything_runs(options: list[str], said: str, c
     # A usage error is wrapped in a box.
     assert said in " ".join(result.output.replace("│", " ").split())
     assert "starting" not in result.output
+
+
+def test_auto_is_what_the_number_format_computes_in_some_minutes() -> None:
+    assert choose_size(SizeName.AUTO, "float32") is SIZES[SizeName.SMALL]
+    assert choose_size(SizeName.AUTO, "bfloat16") is SIZES[SizeName.FULL]
+    for name in (SizeName.SMALL, SizeName.FULL):
+        assert {choose_size(name, "float32"), choose_size(name, "bfloat16")} == {SIZES[name]}
+
+
+def test_every_size_has_memory_for_some_of_its_programs() -> None:
+    for size in SIZES.values():
+        turns = size.turns - 1
+        longest, shortest = (
+            size.first_prompt_tokens[i]
+            + turns * size.result_tokens[i]
+            + size.turns * size.output_tokens[i]
+            for i in (1, 0)
+        )
+        assert longest < size.kv_tokens < shortest * size.programs / 2

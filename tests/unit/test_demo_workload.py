@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -37,7 +38,8 @@ def decode(ids: tuple[int, ...]) -> str:
 
 
 def build(**changes: object) -> Workload:
-    return build_workload(WorkloadConfig(**changes), encode, CORPUS)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"programs": 2, "turns": 2} | changes
+    return build_workload(WorkloadConfig(**sizes), encode, CORPUS)
 
 
 configs = st.builds(
@@ -152,7 +154,7 @@ def test_digest_sees_where_the_prompt_ends_and_which_tokens_it_has() -> None:
 
 
 def test_digest_of_a_workload_is_that_of_its_requests() -> None:
-    workload = build(programs=2, turns=2)
+    workload = build()
     done = [
         (program.name, index, list(prompt), list(turn.output_ids))
         for program in workload.programs
