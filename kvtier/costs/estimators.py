@@ -6,6 +6,7 @@ The initial model comes from calibration, or from a formula before the first cal
 """
 
 import math
+import statistics
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ TYPICAL_TRANSFERS = 15
 """Transfers whose median error says what is typical of a link now."""
 SIZE_CLASS_BITS = 3
 """Transfers are alike whose sizes have the same number of bits, in steps of so many: a factor of eight."""
+STEADYING_VOTES = 2
+"""So many votes in that median are for the model as it is: two transfers that were interrupted do not move it."""
 OUTLIER = 1.1
 """A transfer counts as no further than this factor from what is typical."""
 
@@ -184,8 +187,9 @@ class LinkEstimator:
         )
         alike.append((n_bytes, run_bytes, seconds))
         model = self._model
-        ratios = sorted(taken_s / model.seconds(size, run) for size, run, taken_s in alike)
-        typical_s = model.seconds(n_bytes, run_bytes) * ratios[len(ratios) // 2]
+        ratios = [taken_s / model.seconds(size, run) for size, run, taken_s in alike]
+        typical = statistics.median([1.0] * STEADYING_VOTES + ratios)
+        typical_s = model.seconds(n_bytes, run_bytes) * typical
         seconds = min(max(seconds, typical_s / OUTLIER), typical_s * OUTLIER)
         self._fit.observe((1.0, n_bytes / self._initial.bytes_per_s(run_bytes)), seconds)
         latency_s, slowdown = self._fit.coefficients

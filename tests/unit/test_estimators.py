@@ -113,6 +113,17 @@ def test_a_few_small_transfers_among_large_ones_tell_the_latency() -> None:
     assert predicted_s == pytest.approx(true.seconds(1 << 20, 65536), rel=0.1)
 
 
+def test_the_first_transfers_are_believed_when_enough_of_them_agree() -> None:
+    estimator = LinkEstimator(LINK)
+    n_bytes = 30_000_000
+    calibrated_s = LINK.seconds(n_bytes, 65536)
+    estimator.observe(n_bytes, 65536, 1.5 * calibrated_s)
+    assert estimator.model().seconds(n_bytes, 65536) == pytest.approx(calibrated_s, rel=0.12)
+    for _ in range(12):
+        estimator.observe(n_bytes, 65536, 1.5 * calibrated_s)
+    assert estimator.model().seconds(n_bytes, 65536) == pytest.approx(1.5 * calibrated_s, rel=0.1)
+
+
 def test_what_is_predicted_is_a_transfer_that_nothing_interrupts() -> None:
     """One in four takes two to three times as long, as beside a busy engine on a CPU."""
     estimator = LinkEstimator(LINK)
