@@ -197,7 +197,7 @@ class AdmissionController(ProgramsAtWork[Key]):
         return AdmissionDecision(admit=False, reason=reason, lets_pass=True)
 
     def _judge_new_program(self, entry: Waiting[Key], needed_blocks: int) -> AdmissionDecision:
-        if not self._fits(entry):
+        if not self._fits(entry, needed_blocks):
             return DECISIONS["working_set_full"]
         if needed_blocks > self._view.free_blocks + self._view.pinned_blocks:
             # Its allocation would fail, and vLLM then tries nobody behind it in this step.
@@ -260,17 +260,16 @@ class AdmissionController(ProgramsAtWork[Key]):
             return entry.asked and entry.asked_scan >= self._scan - 1
         return entry.asked_scan >= self._scan - self.config.stale_scans
 
-    def _fits(self, entry: Waiting[Key]) -> bool:
-        """Whether there is room for a new program's own blocks besides those of all others and what they share."""
-        blocks = entry.needed_blocks
-        common_blocks = max(self.common_blocks, entry.context_blocks - blocks)
+    def _fits(self, entry: Waiting[Key], needed_blocks: int = 0) -> bool:
         share = 1.0 - self.config.headroom_fraction
-        room_blocks = int(self._view.total_blocks * share) - common_blocks
+        room_blocks = int(self._view.total_blocks * share)
         all_blocks = room_blocks + int(self._view.tier_blocks * share)
+        blocks = max(entry.context_blocks, needed_blocks)
         if not self._working_set.fits(entry.program, blocks, room_blocks, all_blocks):
             return False
-        most_blocks = self._view.total_blocks * self.config.overcommit - common_blocks
-        return self._expected_peak_blocks(blocks) <= most_blocks
+        return (
+            self._expected_peak_blocks(blocks) <= self._view.total_blocks * self.config.overcommit
+        )
 
     def _expected_peak_blocks(self, blocks: int) -> float:
         if self._peak_blocks is None or self._peak_blocks[0] != blocks:

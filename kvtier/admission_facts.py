@@ -114,8 +114,7 @@ class Waiting(Generic[Key]):
         program: Its program.
         is_new_program: The program has not run a turn before.
         priority: vLLM's; less is more urgent.
-        context_blocks: Blocks that its context is expected to take, without those that its program shares; of a new
-            program that waits, all.
+        context_blocks: Blocks that its context is expected to take.
         since_s: When it came.
         order: Its place by the arrival of its program: priority, time, sequence number.
         line: Its place by waiting time, likewise.

@@ -1,13 +1,7 @@
-"""Who waits, runs and pauses: what admission goes by, kept up to date by each event of a request's life.
-
-Agents of one kind begin alike: instructions and tools, tens of thousands of tokens. What the first request of a program
-finds in the prefix cache is other programs', and stays so: vLLM keeps those blocks once, however many hold them. So they
-are counted once for all programs, and a program's context without them.
-"""
+"""Who waits, runs and pauses: what admission goes by, kept up to date by each event of a request's life."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Generic
 
 from kvtier.admission_facts import AdmissionConfig, AdmissionView, Key, Waiting
@@ -40,11 +34,6 @@ class ProgramsAtWork(Generic[Key]):
         self._now_s = float("-inf")
         self._working_set: WorkingSet[Key] = WorkingSet(config.long_pause_s)
         self._forecast: DemandForecast[Key] = DemandForecast()
-        # Blocks of each program's context that it has found in the prefix cache when it began; how many found so many.
-        self._shared: dict[Key, int] = {}
-        self._shared_sizes: Counter[int] = Counter()
-        self.common_blocks = 0
-        """Blocks that programs share, counted once: the most that one of them does."""
         # Of `_forecast`, until something happens: what was asked, and its answer.
         self._peak_blocks: tuple[int, float] | None = None
 
@@ -82,7 +71,7 @@ class ProgramsAtWork(Generic[Key]):
             program: Identity of its program (any hashable).
             program_arrival_s: When the program's first turn arrived.
             returning: The program has run a turn before.
-            context_blocks: Blocks that its context is expected to take, with those that it shares.
+            context_blocks: Blocks that its context is expected to take.
             now_s: The time of arrival.
             priority: vLLM's; less is more urgent.
         """
@@ -90,7 +79,6 @@ class ProgramsAtWork(Generic[Key]):
         if request_id in self._waiting or request_id in self._started:
             return
         self._sequence += 1
-        context_blocks = self._own(program, context_blocks)
         entry = Waiting(
             program,
             is_new_program=not returning,
@@ -118,8 +106,6 @@ class ProgramsAtWork(Generic[Key]):
         if entry is None:
             return
         self._leave(entry)
-        if entry.is_new_program:
-            self._begins(entry)
         self._started[request_id] = entry
         self._priorities.add(entry.priority)
         self._forecast.turn_starts(entry.program, entry.context_blocks, self._now_s)
@@ -142,7 +128,7 @@ class ProgramsAtWork(Generic[Key]):
 
         Args:
             request_id: The request.
-            context_blocks: Blocks of its prompt and output, with those that its program shares.
+            context_blocks: Blocks of its prompt and output.
             goes_on: It has called a tool, so its program comes back with the result.
             gap_s: Mean pause after such turns.
             now_s: The time.
@@ -150,8 +136,7 @@ class ProgramsAtWork(Generic[Key]):
         self._now_s = max(self._now_s, now_s)
         program = self._ends(request_id)
         if program is not None:
-            own_blocks = self._own(program, context_blocks)
-            self._forecast.turn_ends(program, own_blocks, now_s, goes_on=goes_on, gap_s=gap_s)
+            self._forecast.turn_ends(program, context_blocks, now_s, goes_on=goes_on, gap_s=gap_s)
             self._pauses(program)
         else:
             self.on_aborted(request_id)
@@ -184,27 +169,6 @@ class ProgramsAtWork(Generic[Key]):
         self._working_set.end(program)
         self._forecast.program_ends(program)
         self._peak_blocks = None
-        self._count_shared(self._shared.pop(program, 0), -1)
-
-    def _begins(self, entry: Waiting[Key]) -> None:
-        """A program's first request starts: what it has found is not its own, then or later."""
-        if entry.program not in self._shared:
-            found_blocks = max(0, entry.context_blocks - entry.needed_blocks)
-            self._shared[entry.program] = found_blocks
-            self._count_shared(found_blocks, 1)
-        entry.context_blocks = self._own(entry.program, entry.context_blocks)
-
-    def _own(self, program: Key, context_blocks: int) -> int:
-        """A context's blocks without those that the program shares, but one at least."""
-        return max(1, context_blocks - self._shared.get(program, 0))
-
-    def _count_shared(self, blocks: int, programs: int) -> None:
-        if not blocks:
-            return
-        self._shared_sizes[blocks] += programs
-        if not self._shared_sizes[blocks]:
-            del self._shared_sizes[blocks]
-        self.common_blocks = max(self._shared_sizes, default=0)
 
     def _ends(self, request_id: str) -> Key | None:
         entry = self._started.pop(request_id, None)

@@ -63,14 +63,8 @@ def end(
     )
 
 
-def reason(
-    admission: AdmissionController[str],
-    request_id: str,
-    now_s: float = 100.0,
-    *,
-    needed_blocks: int = 1,
-) -> str:
-    return admission.decide(request_id, needed_blocks, now_s).reason
+def reason(admission: AdmissionController[str], request_id: str, now_s: float = 100.0) -> str:
+    return admission.decide(request_id, 1, now_s).reason
 
 
 def test_off_admits_all() -> None:
@@ -375,74 +369,21 @@ def test_new_programs_wait_until_the_working_set_fits() -> None:
     admission = controller(AdmissionConfig(headroom_fraction=0.1, long_pause_s=10.0))
     arrive(admission, "a1", "A", 100.0, blocks=50, returning=False)
     arrive(admission, "b1", "B", 100.0, blocks=60, returning=False)
-    assert reason(admission, "a1", needed_blocks=50) == "first_in_order"
+    assert reason(admission, "a1") == "first_in_order"
     admission.on_started("a1")
     assert admission.working_set_blocks == 50
-    assert reason(admission, "b1", needed_blocks=60) == "working_set_full"
+    assert reason(admission, "b1") == "working_set_full"
     arrive(admission, "c1", "C", 100.0, blocks=10, returning=False)
-    assert reason(admission, "c1", needed_blocks=10) == "older_waiting"
+    assert reason(admission, "c1") == "older_waiting"
     arrive(admission, "d7", "D", 100.5, blocks=20, now_s=101.0)
     assert reason(admission, "d7") == "first_in_order"
     assert admission.working_set_blocks == 70, "who waits to go on counts, too"
     end(admission, "a1")
-    assert reason(admission, "b1", needed_blocks=60) == "working_set_full"
+    assert reason(admission, "b1") == "working_set_full"
     admission.begin_step(replace(VIEW, now_s=112.0))
     assert admission.working_set_blocks == 20
     assert reason(admission, "d7", 112.0) == "older_waiting"
-    assert reason(admission, "b1", 112.0, needed_blocks=60) == "first_in_order"
-
-
-def begin(
-    admission: AdmissionController[str], request_id: str, *, blocks: int, needed_blocks: int
-) -> str:
-    """A new program's first request is asked for and, where it may, starts."""
-    arrive(admission, request_id, f"program of {request_id}", 100.0, blocks=blocks, returning=False)
-    told = admission.decide(request_id, needed_blocks, 100.0)
-    if told.admit:
-        admission.on_started(request_id)
-    return told.reason
-
-
-def test_what_programs_share_counts_once() -> None:
-    """Ten programs that begin with the same 40 blocks take 40 and what is their own."""
-    config = AdmissionConfig(headroom_fraction=0.0, overcommit=10.0)
-    admission = controller(config)
-    assert begin(admission, "a", blocks=45, needed_blocks=45) == "first_in_order"
-    assert begin(admission, "b", blocks=45, needed_blocks=5) == "first_in_order"
-    assert (admission.working_set_blocks, admission.common_blocks) == (50, 40)
-    # The first one's are counted as its own, so for as long as it is there, what is shared counts twice.
-    assert begin(admission, "c", blocks=51, needed_blocks=11) == "working_set_full"
-    admission.on_aborted("c")
-    assert begin(admission, "d", blocks=50, needed_blocks=10) == "first_in_order"
-    end(admission, "a")
-    admission.on_program_ended("program of a")
-    assert begin(admission, "e", blocks=50, needed_blocks=10) == "first_in_order"
-    assert admission.working_set_blocks == 25
-
-
-def test_what_a_program_shares_is_not_its_own_in_later_turns() -> None:
-    admission = controller(AdmissionConfig(headroom_fraction=0.0))
-    assert begin(admission, "b", blocks=45, needed_blocks=5) == "first_in_order"
-    end(admission, "b", blocks=50)
-    arrive(admission, "b2", "program of b", 100.0, blocks=60)
-    assert reason(admission, "b2", needed_blocks=10) == "first_in_order"
-    admission.on_started("b2")
-    assert admission.working_set_blocks == 20
-    # A side conversation may be shorter than what is shared.
-    arrive(admission, "b3", "program of b", 100.0, blocks=3)
-    admission.on_started("b3")
-    assert admission.working_set_blocks == 20
-    admission.on_program_ended("program of b")
-    assert admission.common_blocks == 0
-
-
-def test_what_is_found_and_counted_by_nobody_is_room_to_be_had() -> None:
-    """Others that began alike have ended: what they have left takes memory again with the one that finds it."""
-    admission = controller(AdmissionConfig(headroom_fraction=0.0))
-    arrive(admission, "a", "A", 100.0, blocks=50, returning=False)
-    admission.on_started("a")
-    assert begin(admission, "b", blocks=60, needed_blocks=10) == "working_set_full"
-    assert begin(admission, "c", blocks=50, needed_blocks=10) == "older_waiting"
+    assert reason(admission, "b1", 112.0) == "first_in_order"
 
 
 def test_with_a_cpu_tier_pauses_take_no_room_on_the_gpu() -> None:

@@ -39,8 +39,6 @@ class Rig:
         self.stats = Stats()
         self.views = 0
         self.running = 1
-        # New programs find nothing of theirs.
-        self.needed_blocks = blocks if mode == "working_set" else 1
         self.room = Memory()
         self.deferrals = Deferrals(self.admission, self.view, self.stats, lambda: self.room)
         for i in range(n_requests):
@@ -62,7 +60,7 @@ class Rig:
         """As the connector does."""
         if self.deferrals.stands(request_id):
             return "stands"
-        return "yes" if self.deferrals.decide(request_id, self.needed_blocks, now_s) else "no"
+        return "yes" if self.deferrals.decide(request_id, 1, now_s) else "no"
 
     def take_turns(self, turn_s: float) -> None:
         """So much it has taken so far."""
