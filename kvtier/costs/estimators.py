@@ -22,8 +22,8 @@ TYPICAL_TRANSFERS = 15
 """Transfers whose median error says what is typical of a link now."""
 SIZE_CLASS_BITS = 3
 """Transfers are alike whose sizes have the same number of bits, in steps of so many: a factor of eight."""
-STEADYING_VOTES = 2
-"""So many votes in that median are for the model as it is: two transfers that were interrupted do not move it."""
+STEADYING_VOTES = 3
+"""So many votes in that median are for the model as it is: two transfers that were interrupted hardly move it."""
 OUTLIER = 1.1
 """A transfer counts as no further than this factor from what is typical."""
 

@@ -144,7 +144,8 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
         if config.engine_threads is not None:
             env["OMP_NUM_THREADS"] = str(config.engine_threads)
         # The model runs in the engine's process. Where it has one of its own, the engine polls without a rest until a step
-        # is over: of two cores, none is left to tools, copies and the other servers.
+        # is over: of two cores, none is left to tools, copies and the other servers. vLLM gives it one on CPUs as it could
+        # not set OpenMP's threads otherwise; `engine_env` has set them.
         env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if sys.dont_write_bytecode:
         # Compiling torch's and vLLM's sources anew would dominate every start.

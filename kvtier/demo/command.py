@@ -240,6 +240,9 @@ def _config_object(workload: Workload, engine: EngineConfig, size: Size) -> dict
         "engine_threads": (
             int(engine_environment(engine)["OMP_NUM_THREADS"]) if engine.on_cpu else None
         ),
+        "model_in_engine_process": (
+            engine_environment(engine).get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+        ),
         "dtype": engine.dtype,
         "max_model_tokens": engine.max_model_tokens,
         "final_tokens": sum(final_tokens),
