@@ -231,8 +231,8 @@ class PrefillEstimator:
         Raises:
             ValueError: as :meth:`observe`.
         """
-        ratios = sorted(s / max(shape.seconds(cached, new), 1e-9) for cached, new, s in samples)
-        scale = max(ratios[len(ratios) // 2], 1e-9)
+        ratios = (s / max(shape.seconds(cached, new), 1e-9) for cached, new, s in samples)
+        scale = max(statistics.median(ratios), 1e-9)
         estimator = cls(PrefillModel(*(scale * value for value in shape.coefficients)))
         for cached_tokens, new_tokens, seconds in samples:
             estimator.observe(cached_tokens, new_tokens, seconds)
