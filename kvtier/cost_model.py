@@ -36,7 +36,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from kvtier.costs.estimators import LinkModel, PrefillModel
+from kvtier.costs.estimators import PrefillModel
+from kvtier.costs.link_model import LinkModel
 from kvtier.costs.return_decision import (
     ReturnDecision,
     ReturnReason,

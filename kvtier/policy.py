@@ -22,13 +22,12 @@ from kvtier.cost_model import (
 )
 from kvtier.costs.estimators import (
     GenerationEstimator,
-    LinkEstimator,
-    LinkModel,
     PrefillEstimator,
     PrefillModel,
     QueueEstimator,
     Thinning,
 )
+from kvtier.costs.link_model import LinkEstimator, LinkModel
 from kvtier.policy_facts import ReturnChoice
 from kvtier.ttl_controller import TtlController
 

@@ -16,7 +16,7 @@ MOVERS: Final[tuple[Mover, ...]] = ("dma", "kernel")
 
 
 class LinkTime(Protocol):
-    """What a link model tells; `kvtier.costs.estimators.LinkModel` is one."""
+    """What a link model tells; `kvtier.costs.link_model.LinkModel` is one."""
 
     def seconds(self, n_bytes: int, run_bytes: int, /) -> float:
         """Seconds of a copy of so many bytes in runs of so many."""

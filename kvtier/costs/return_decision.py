@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
-from kvtier.costs.estimators import LinkModel, PrefillModel
+from kvtier.costs.estimators import PrefillModel
+from kvtier.costs.link_model import LinkModel
 
 
 class ReturnReason(StrEnum):

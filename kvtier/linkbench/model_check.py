@@ -19,7 +19,7 @@ from kvtier.linkbench.paths import Ways, kvtier_paths, measured_ways
 from kvtier.measuring.link import fastest, measure_link
 
 if TYPE_CHECKING:
-    from kvtier.costs.estimators import LinkModel
+    from kvtier.costs.link_model import LinkModel
     from kvtier.linkbench.demo_reloads import DemoReloads
     from kvtier.linkbench.matrix import Layout
     from kvtier.linkbench.measure import Plan

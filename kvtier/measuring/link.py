@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kvtier.costs.estimators import LinkModel
+    from kvtier.costs.link_model import LinkModel
 
     EngineFactory = Callable[[KVLayout, NDArray[np.uint8]], CopyEngine]
 
@@ -45,7 +45,7 @@ class LinkMeasurement:
 
     def model(self) -> LinkModel:
         """Return the estimators' model of this link."""
-        from kvtier.costs.estimators import LinkModel  # noqa: PLC0415 - only where a model is wanted
+        from kvtier.costs.link_model import LinkModel  # noqa: PLC0415 - only where a model is wanted
 
         return LinkModel(latency_s=self.latency_s, points=self.points)
 

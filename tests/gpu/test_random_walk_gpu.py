@@ -16,7 +16,7 @@ import torch
 
 from kvtier.copies.cuda import CudaCopyEngine
 from kvtier.copies.switch import Switch, always
-from kvtier.costs.estimators import LinkModel
+from kvtier.costs.link_model import LinkModel
 from tests.gpu.random_walk import Walk, WalkSize
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from kvtier.copies import issue
 from kvtier.copies.cuda import CudaCopyEngine
 from kvtier.copies.switch import Switch, always
 from kvtier.copy_engine import NO_SLOT
-from kvtier.costs.estimators import LinkModel
+from kvtier.costs.link_model import LinkModel
 from tests.unit.copy_cases import Case, cases, make_case, reference_load, reference_store
 from tests.unit.fake_cuda import KERNEL, WAIT_S, FakeDriver, FakeEvent, install
 

@@ -23,7 +23,8 @@ from kvtier.cost_model import (
     pause_terms,
     return_cost_s,
 )
-from kvtier.costs.estimators import LinkModel, PrefillModel
+from kvtier.costs.estimators import PrefillModel
+from kvtier.costs.link_model import LinkModel
 from kvtier.ttl.gaps import TOOL_PRIOR, SurvivalCurve, kaplan_meier
 
 LINK = LinkModel(1e-3, ((65536, 25e9),))

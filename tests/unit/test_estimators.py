@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from kvtier.costs.estimators import (
     GenerationEstimator,
-    LinkEstimator,
-    LinkModel,
     PrefillEstimator,
     PrefillModel,
     QueueEstimator,
     Thinning,
 )
+from kvtier.costs.link_model import LinkEstimator, LinkModel
 
 LINK = LinkModel(1e-3, ((4096, 1e9), (65536, 8e9)))
 PREFILL = PrefillModel(0.01, 1e-4, 2e-9, 1e-9)
