@@ -27,6 +27,7 @@ class Load:
         programs: Agent programs, each a chain of turns with pauses.
         turns: Turns of each program.
         context_tokens: Prompt of the first turn.
+        shared_tokens: Its beginning, which all programs have in common.
         turn_tokens: Tokens that each pause adds to the prompt.
         output_tokens: Output of each turn. This and `turn_tokens` are the means over 7,100 turns of
             recorded Claude Code sessions, which have 64 turns each.
@@ -40,6 +41,7 @@ class Load:
     programs: int = 200
     turns: int = 6
     context_tokens: int = 100_000
+    shared_tokens: int = 0
     turn_tokens: int = 1700
     output_tokens: int = 434
     gpu_blocks: int = 150_000
@@ -99,25 +101,31 @@ class Agents:
     def _request(self, program: int, turn: int) -> Any:
         load = self._load
         added = load.context_tokens if turn == 0 else load.turn_tokens
-        prompt = [*self._texts.pop(program, ()), *([50 + program % 900] * added)]
+        own = [50 + program % 900] * added
+        if turn == 0:
+            own[: load.shared_tokens] = [950] * load.shared_tokens
+        prompt = [*self._texts.pop(program, ()), *own]
         request_id = f"p{program}-{turn}"
         request = self._engine.request(
             request_id,
             prompt,
             load.output_tokens,
             session=f"program-{program}",
-            hasher=_synthetic_hasher(program),
+            hasher=_synthetic_hasher(program, load.shared_tokens // BLOCK_TOKENS),
         )
         self._open[request_id] = (program, turn, request)
         return request
 
 
-def _synthetic_hasher(program: int) -> Callable[[Any], list[Any]]:
+def _synthetic_hasher(program: int, shared_blocks: int) -> Callable[[Any], list[Any]]:
     """Block hashes that are as unique as real ones: a program's text only ever grows."""
-    head = program.to_bytes(24, "big")
+    head, common = (program + 1).to_bytes(24, "big"), bytes(24)
 
     def new_hashes(request: Any) -> list[Any]:
         known, full = len(request.block_hashes), request.num_tokens // BLOCK_TOKENS
-        return [head + i.to_bytes(8, "big") for i in range(known, full)]
+        return [
+            (common if i < shared_blocks else head) + i.to_bytes(8, "big")
+            for i in range(known, full)
+        ]
 
     return new_hashes

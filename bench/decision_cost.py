@@ -1,6 +1,7 @@
 """What kvtier costs vLLM's scheduler: per step, and per finished turn.
 
     python bench/decision_cost.py [--json FILE] [--programs 200] [--context-tokens 100000]
+                                  [--shared-tokens 0]
 
 Runs vLLM's real scheduler in virtual time with agent programs of long contexts, three times: without
 a connector, with kvtier pinning only, and with kvtier and a CPU tier. The tier is a stand-in whose
@@ -167,7 +168,15 @@ def main() -> None:
     """Measure, print a table, and write JSON where asked."""
     parser = argparse.ArgumentParser(description="Cost of kvtier on the scheduler's thread.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write config and results")
-    numbers = ("programs", "turns", "context_tokens", "output_tokens", "gpu_blocks", "batch")
+    numbers = (
+        "programs",
+        "turns",
+        "context_tokens",
+        "shared_tokens",
+        "output_tokens",
+        "gpu_blocks",
+        "batch",
+    )
     for name in numbers:
         default = getattr(Load, name)
         flag = f"--{name.replace('_', '-')}"

@@ -96,6 +96,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         # What still takes results when the scheduler half has gone.
         self._late_results: Callable[[Iterable[OrderResult]], bool] | None = None
         self._local_tokens = 0
+        self._deferred_id: str | None = None
         self._block_tokens = int(vllm_config.cache_config.block_size)
         self._stats_off: dict[str, Any] = {}
         # Heavy; the API process never gets here.
@@ -157,6 +158,10 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         self._step_facts = step_view.step_facts
         half.bind(block_pool.VllmBlockPool(manager.block_pool, own))
         block_pool.wrap_allocation(manager, self._make_room, self._before_reset, self._after_reset)
+        if self._is_alone:
+            # Another connector may want to know what is in GPU memory.
+            defers = lambda request_id: self.defers(request_id)  # noqa: E731, PLW0108 - benches time it
+            block_pool.spare_lookups(manager, defers)
 
     def _make_room(
         self, request: Any, retry: Callable[[], Any], need_blocks: Callable[[], int]
@@ -224,12 +229,16 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """See `SchedulerHalf.match`. Loads are always asynchronous."""
-        half = self.scheduler_half
         # Most questions are about requests that were deferred in the step before.
-        if half is not None and self._stands(request.request_id):
+        if self._deferred_id == request.request_id or self._stands(request.request_id):
             return None, False
         matched: tuple[int | None, bool] = self._match(request, num_computed_tokens)
         return matched
+
+    def defers(self, request_id: str) -> bool:
+        """Whether `get_num_new_matched_tokens`, which comes next, will say "not now" whatever is in GPU memory."""
+        self._deferred_id = request_id if self._stands(request_id) else None
+        return self._deferred_id is not None
 
     @_guarded(False)
     def _stands(self, request_id: str) -> bool:

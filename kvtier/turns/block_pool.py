@@ -251,6 +251,33 @@ def wrap_allocation(
     manager.reset_prefix_cache = reset_prefix_cache
 
 
+def spare_lookups(manager: Any, is_deferred: Callable[[str], bool]) -> None:
+    """Leave out the prefix cache lookup of a request that will not start in this step anyway.
+
+    vLLM looks up what each waiting request would hit before it asks its connector whether the request may start, in
+    every step: for a hundred agents that wait and share 20,000 tokens of instructions, that is 90 ms a step.
+
+    Args:
+        manager: vLLM's KVCacheManager.
+        is_deferred: Called with a request's id before its lookup; where it is true, the connector must answer "not
+            now" next.
+    """
+    look_up = manager.get_computed_blocks
+    nothing: tuple[Any, ...] | None = None
+
+    def get_computed_blocks(request: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal nothing
+        if nothing is not None and is_deferred(request.request_id):
+            return nothing
+        found = look_up(request, *args, **kwargs)
+        if nothing is None:
+            # What vLLM returns where nothing may be read: as many numbers as in its other answers, all 0.
+            nothing = (manager.empty_kv_cache_blocks, *(0 for _ in found[1:]))
+        return found
+
+    manager.get_computed_blocks = get_computed_blocks
+
+
 def _record_needs(manager: Any) -> Callable[[], int]:
     """Listen in on what the manager computes before it compares it with the free blocks."""
     coordinator: Any = getattr(manager, "coordinator", None)

@@ -294,6 +294,46 @@ def siblings(*, is_async: bool) -> Facts:
     }
 
 
+def shared_instructions(*, is_async: bool) -> Facts:
+    """Four new programs wait for one that runs; all five begin alike."""
+    facts: Facts = {}
+    for name, settings in (("with", {"kvtier.tier": "off"}), ("without", None)):
+        engine = Engine(EngineSpec(is_async=is_async, blocks=20, settings=settings))
+        drive, tokens = Drive(engine), Tokens()
+        instructions = tokens(160)
+        lookups = _count_lookups(engine)
+        drive.run(engine.request("before", instructions, 2))
+        for i, n_tokens in enumerate((60, 5, 5, 5, 5)):
+            prompt = [*instructions, *tokens(60)]
+            request = engine.request(f"p{i}", prompt, n_tokens, session=f"S{i}")
+            engine.scheduler.add_request(request)
+        drive.step()
+        lookups.clear()
+        for _ in range(40):
+            drive.step()
+        facts[f"{name}_lookups"] = len(lookups)
+        facts[f"{name}_running_and_waiting"] = engine.scheduler.get_request_counts()
+        drive.run()
+        facts[f"{name}_cached"] = [drive.cached_tokens[f"p{i}"] for i in range(5)]
+        facts[f"{name}_output"] = [drive.output[f"p{i}"] for i in range(5)]
+        if settings is not None:
+            facts |= _clean(engine, drive)
+    return facts
+
+
+def _count_lookups(engine: Engine) -> list[Any]:
+    """What vLLM looks up in its prefix cache from now on."""
+    coordinator: Any = engine.scheduler.kv_cache_manager.coordinator
+    look_up, seen = coordinator.find_longest_cache_hit, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(args)
+        return look_up(*args, **kwargs)
+
+    coordinator.find_longest_cache_hit = counted
+    return seen
+
+
 ALL = [
     tenants,
     adapters,
@@ -306,4 +346,5 @@ ALL = [
     unsupported,
     priorities,
     siblings,
+    shared_instructions,
 ]

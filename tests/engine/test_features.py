@@ -102,3 +102,14 @@ def test_siblings_of_one_request_are_all_kept(ask: Ask) -> None:
     assert facts["cached"] == 128
     assert facts["handoffs"] == 3
     _assert_clean(facts)
+
+
+def test_what_waits_is_not_looked_up_in_every_step(ask: Ask) -> None:
+    facts = ask("shared_instructions")
+    assert facts["with_running_and_waiting"] == [1, 4], "or the scenario shows nothing"
+    # 40 steps are 0.8 s, in which admission judges each of the four anew once.
+    assert facts["with_lookups"] <= 2 * 4
+    assert facts["with_cached"] == facts["without_cached"] == [160] * 5
+    assert facts["with_output"] == facts["without_output"]
+    assert facts["gave_up"] is False
+    assert facts["internal_failures"] == facts["lost_blocks"] == 0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtier.turns.block_pool import VllmBlockPool, request_blocks
+from kvtier.turns.block_pool import VllmBlockPool, request_blocks, spare_lookups
 from tests.unit.fake_vllm import FakeBlock, FakePool
 
 
@@ -130,3 +130,35 @@ def test_what_is_cached_already_stays(rig: Rig) -> None:
     assert rig.pool.cached_prefix(HASHES).tolist() == hit
     hashed = [rig.vllm.blocks[block].block_hash for block in ours]
     assert hashed == [HASHES[0], None, HASHES[2], HASHES[3], None]
+
+
+class FakeManager:
+    """vLLM's KV cache manager, of which only lookups matter here."""
+
+    empty_kv_cache_blocks = "no blocks"
+
+    def __init__(self) -> None:
+        self.looked_up: list[str] = []
+
+    def get_computed_blocks(self, request: Any, most_tokens: int = 64) -> tuple[str, int, int]:
+        self.looked_up.append(request.request_id)
+        return "blocks", most_tokens, 16
+
+
+def test_a_deferred_request_is_not_looked_up() -> None:
+    manager, deferred, asked = FakeManager(), {"b"}, []
+
+    def is_deferred(request_id: str) -> bool:
+        asked.append(request_id)
+        return request_id in deferred
+
+    spare_lookups(manager, is_deferred)
+    a, b = SimpleNamespace(request_id="a"), SimpleNamespace(request_id="b")
+    # Until vLLM has answered once, nobody knows what its answers look like.
+    assert manager.get_computed_blocks(b) == ("blocks", 64, 16)
+    assert manager.get_computed_blocks(b) == ("no blocks", 0, 0)
+    assert manager.get_computed_blocks(a, most_tokens=32) == ("blocks", 32, 16)
+    deferred.clear()
+    assert manager.get_computed_blocks(b) == ("blocks", 64, 16)
+    assert manager.looked_up == ["b", "a", "b"]
+    assert asked == ["b", "a", "b"], "once each"
