@@ -64,7 +64,7 @@ class Policy:
         self.ttl = TtlController(fixed_ttl_s=config.fixed_ttl_s)
         self.store_link = LinkEstimator(COLD_LINK)
         self.load_link = LinkEstimator(COLD_LINK)
-        flops = COLD_CPU_FLOPS if facts.on_cpu else COLD_GPU_FLOPS
+        flops = facts.ranks * (COLD_CPU_FLOPS if facts.on_cpu else COLD_GPU_FLOPS)
         self.prefill = PrefillEstimator(
             PrefillModel.from_flops(
                 facts.n_parameters, facts.n_layers, facts.attention_width, flops

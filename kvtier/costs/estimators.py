@@ -17,9 +17,10 @@ from kvtier.costs.fitting import DECAY, DecayedFit, check_seconds
 class PrefillModel:
     """Prefill time as a quadratic in cached and new tokens, the engine otherwise idle.
 
-    ``seconds = base_s + per_token_s * new + per_cached_pair_s * new * cached
-    + per_new_pair_s * new**2``: the token-wise layers are linear in the new tokens, attention is
-    one product of new with cached and one of new with new tokens.
+    ``seconds = base_s + per_token_s * new + per_pair_s * new * (cached + new / 2)``: the token-wise layers are
+    linear in the new tokens, and causal attention has each new token look at all before it. So a prefill in steps takes
+    what it takes at once, but for ``base_s``: no more could be told from steps, which are measured, about a prompt that
+    takes many of them.
 
     Raises:
         ValueError: a coefficient is negative or not finite.
@@ -27,8 +28,7 @@ class PrefillModel:
 
     base_s: float
     per_token_s: float
-    per_cached_pair_s: float
-    per_new_pair_s: float
+    per_pair_s: float
 
     def __post_init__(self) -> None:
         """Check the coefficients."""
@@ -38,9 +38,9 @@ class PrefillModel:
                 raise ValueError(msg)
 
     @property
-    def coefficients(self) -> tuple[float, float, float, float]:
-        """The coefficients (a, b, c, d) of (1, new, new * cached, new**2)."""
-        return (self.base_s, self.per_token_s, self.per_cached_pair_s, self.per_new_pair_s)
+    def coefficients(self) -> tuple[float, float, float]:
+        """The coefficients of (1, new, new * (cached + new / 2))."""
+        return (self.base_s, self.per_token_s, self.per_pair_s)
 
     @classmethod
     def from_flops(
@@ -64,18 +64,14 @@ class PrefillModel:
         if flops_per_s <= 0:
             msg = f"flops_per_s must be > 0, not {flops_per_s}"
             raise ValueError(msg)
-        per_pair_s = n_layers * attention_width / flops_per_s
-        return cls(0.0, 2.0 * n_parameters / flops_per_s, 4.0 * per_pair_s, 2.0 * per_pair_s)
+        per_pair_s = 4.0 * n_layers * attention_width / flops_per_s
+        return cls(0.0, 2.0 * n_parameters / flops_per_s, per_pair_s)
 
     def seconds(self, cached_tokens: int, new_tokens: int) -> float:
         """Return the seconds to prefill ``new_tokens`` after ``cached_tokens``; 0 for no token."""
         if new_tokens <= 0:
             return 0.0
-        per_token_s = (
-            self.per_token_s
-            + self.per_cached_pair_s * cached_tokens
-            + self.per_new_pair_s * new_tokens
-        )
+        per_token_s = self.per_token_s + self.per_pair_s * (cached_tokens + new_tokens / 2)
         return self.base_s + per_token_s * new_tokens
 
 
@@ -125,7 +121,7 @@ class PrefillEstimator:
             raise ValueError(msg)
         new, cached = float(new_tokens), float(cached_tokens)
         before = self._fit.coefficients
-        self._fit.observe((1.0, new, new * cached, new * new), seconds)
+        self._fit.observe((1.0, new, new * (cached + new / 2)), seconds)
         if self._fit.coefficients is not before:
             self._model = PrefillModel(*self._fit.coefficients)
 

@@ -112,11 +112,9 @@ def return_cost_s(state: ReturnState, reload_tokens: int) -> float:
 def decide_return(state: ReturnState) -> ReturnDecision:
     """Choose how much to reload.
 
-    The cost of loading k chunks is quadratic in k between the first chunk beyond the GPU hit and
-    the last but one, with second derivative ``2 * (d - c) * (1 + others)`` of the prefill model's
-    coefficients. By operation counts it is concave (c = 2 d): an end is best. Measured coefficients
-    may make it convex, so the stationary point is tried too; the last chunk is apart, because one
-    token is computed in any case. At most six options are costed, however long the prompt.
+    The cost of loading k chunks is concave in k between the first chunk beyond the GPU hit and the last but one, as
+    the first tokens of a prompt are the cheapest to compute: an end is best. The last chunk is apart, because one
+    token is computed in any case. So four options are costed, however long the prompt.
 
     Raises:
         ValueError: ``chunk_tokens`` is not positive.
@@ -134,7 +132,8 @@ def decide_return(state: ReturnState) -> ReturnDecision:
         if state.gpu_hit_tokens > 0:
             return ReturnDecision("gpu", 0, ReturnReason.GPU_HIT, stay_s, (("gpu", stay_s),))
         return ReturnDecision("recompute", 0, ReturnReason.NO_HIT, stay_s, (("recompute", stay_s),))
-    options = {k * chunk: return_cost_s(state, k * chunk) for k in _candidates(state, first, last)}
+    ends = (first, max(last - 1, first), last)
+    options = {k * chunk: return_cost_s(state, k * chunk) for k in ends}
     reload_tokens = min(options, key=options.__getitem__)
     reload_s, all_s = options[reload_tokens], options[last * chunk]
     costs = (("recompute", stay_s), ("reload", reload_s), ("reload_all", all_s))
@@ -159,22 +158,3 @@ def miss_cost_s(state: ReturnState, requeue_delay_s: float = 0.0) -> float:
     hit_s = return_cost_s(state, 0)
     miss = decide_return(replace(state, gpu_hit_tokens=0))
     return max(miss.cost_s - hit_s, 0.0) + requeue_delay_s
-
-
-def _candidates(state: ReturnState, first: int, last: int) -> set[int]:
-    """Return the numbers of chunks of which one is optimal among first ... last."""
-    inner_last = max(last - 1, first)
-    candidates = {first, inner_last, last}
-    prefill = state.prefill
-    curvature = prefill.per_new_pair_s - prefill.per_cached_pair_s
-    if curvature > 0.0 and inner_last > first:
-        # With x tokens cached of P: cost(x) = others * (a + b (P - x) + c x (P - x) + d (P - x)^2)
-        # + x * link seconds per token + constants; its derivative in x is zero at x below.
-        charged = 1 + state.delayed_requests
-        link_s = state.kv_bytes_per_token / state.link.bytes_per_s(state.run_bytes)
-        link_s *= 1.0 + state.load_interference * state.delayed_requests
-        slope = prefill.per_token_s + state.prompt_tokens * (prefill.per_new_pair_s + curvature)
-        stationary = (slope - link_s / charged) / (2.0 * curvature * state.chunk_tokens)
-        below = int(min(max(stationary, first), inner_last))
-        candidates.update((below, min(below + 1, inner_last)))
-    return candidates

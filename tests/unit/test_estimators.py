@@ -18,7 +18,7 @@ from kvtier.costs.estimators import (
 from kvtier.costs.link_model import LinkEstimator, LinkModel
 
 LINK = LinkModel(1e-3, ((4096, 1e9), (65536, 8e9)))
-PREFILL = PrefillModel(0.01, 1e-4, 2e-9, 1e-9)
+PREFILL = PrefillModel(0.01, 1e-4, 2e-9)
 positive = st.integers(1, 10**9)
 
 
@@ -190,7 +190,7 @@ def test_prefill_in_pieces_costs_what_it_costs_at_once() -> None:
 
 
 def test_prefill_estimator_recovers_a_quadratic_under_noise() -> None:
-    truth = PrefillModel(0.03, 4e-4, 5e-8, 1e-8)
+    truth = PrefillModel(0.03, 4e-4, 5e-8)
     estimator = PrefillEstimator(PREFILL)
     rng = random.Random(3)
     for _ in range(400):
@@ -210,6 +210,23 @@ def test_prefill_estimator_keeps_the_scaled_initial_shape_without_spread() -> No
     # Never seen: no cached token before; and eight times as many new ones.
     assert model.seconds(30_000, 2048) == pytest.approx(3 * PREFILL.seconds(30_000, 2048), rel=0.15)
     assert model.seconds(0, 16_384) == pytest.approx(3 * PREFILL.seconds(0, 16_384), rel=0.15)
+
+
+def test_long_prompts_are_known_from_the_steps_they_take() -> None:
+    """A step takes 8,192 tokens at most: what 100,000 take is only ever seen in pieces, and beside requests that decode."""
+    truth = PrefillModel.from_flops(70e9, 80, 8192, 1.6e15)
+    estimator = PrefillEstimator(PrefillModel.from_flops(70e9, 80, 8192, 3e14))
+    rng = random.Random(5)
+    for n_prompts in range(40):
+        prompt = rng.randrange(1000, 100_000)
+        for cached in range(0, prompt, 8192):
+            new = min(8192, prompt - cached)
+            decoding_s = rng.uniform(0.0, 0.03)
+            estimator.observe(cached, new, truth.seconds(cached, new) + decoding_s)
+        for tokens in (8192, 20_000, 50_000, 100_000) if n_prompts >= 5 else ():
+            assert estimator.model().seconds(0, tokens) == pytest.approx(
+                truth.seconds(0, tokens), rel=0.25
+            )
 
 
 def test_prefill_outlier_is_bounded() -> None:
@@ -238,11 +255,11 @@ def test_prefill_coefficients_stay_non_negative(samples: list[tuple[int, int, fl
 
 def test_prefill_estimator_rejects_nonsense() -> None:
     with pytest.raises(ValueError, match="all zero"):
-        PrefillEstimator(PrefillModel(0.0, 0.0, 0.0, 0.0))
+        PrefillEstimator(PrefillModel(0.0, 0.0, 0.0))
     with pytest.raises(ValueError, match="new_tokens"):
         PrefillEstimator(PREFILL).observe(0, 0, 1.0)
     with pytest.raises(ValueError, match="coefficients"):
-        PrefillModel(-1.0, 0.0, 0.0, 0.0)
+        PrefillModel(-1.0, 0.0, 0.0)
 
 
 def test_queue_throughput_is_that_of_full_steps() -> None:
