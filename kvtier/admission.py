@@ -265,11 +265,12 @@ class AdmissionController(ProgramsAtWork[Key]):
         room_blocks = int(self._view.total_blocks * share)
         all_blocks = room_blocks + int(self._view.tier_blocks * share)
         blocks = max(entry.context_blocks, needed_blocks)
-        if not self._working_set.fits(entry.program, blocks, room_blocks, all_blocks):
+        beginning = entry.beginning
+        if not self._working_set.fits(entry.program, blocks, room_blocks, all_blocks, beginning):
             return False
-        return (
-            self._expected_peak_blocks(blocks) <= self._view.total_blocks * self.config.overcommit
-        )
+        own_blocks = max(1, blocks - self._forecast.found_blocks(beginning))
+        most_blocks = self._view.total_blocks * self.config.overcommit
+        return self._expected_peak_blocks(own_blocks) <= most_blocks
 
     def _expected_peak_blocks(self, blocks: int) -> float:
         if self._peak_blocks is None or self._peak_blocks[0] != blocks:

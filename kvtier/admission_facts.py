@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Generic, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Final, Generic, Literal, TypeVar, get_args
+
+if TYPE_CHECKING:
+    from kvtier.shared_blocks import Beginning
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -128,6 +131,7 @@ class Waiting(Generic[Key]):
         admitted_since_s: When it was first admitted, or was again after it had let others pass.
         lacks_since_s: When there was first no room for it.
         lets_pass: Others may pass it now.
+        beginning: What its prompt begins with.
     """
 
     program: Key
@@ -147,6 +151,7 @@ class Waiting(Generic[Key]):
     lacks_since_s: float | None = None
     lets_pass: bool = False
     lacks_room: bool = False
+    beginning: Beginning = ()
 
     def line_up(self, now_s: float) -> None:
         """Others may pass it no more: it holds those behind it back."""

@@ -27,6 +27,7 @@ from typing import Final, Generic, TypeVar
 
 import numpy as np
 
+from kvtier.shared_blocks import Beginning, SharedBlocks
 from kvtier.ttl.gaps import kaplan_meier, lognormal_curve
 
 Key = TypeVar("Key", bound=Hashable)
@@ -177,6 +178,7 @@ class DemandForecast(Generic[Key]):
 
     def __init__(self) -> None:
         self._programs: dict[Key, _Program] = {}
+        self._shared: SharedBlocks[Key] = SharedBlocks()
         self._rows: _Rows[Key] = _Rows()
         self._ended_turns: deque[int] = deque(maxlen=WINDOW)
         self._growth_blocks = _Mean()
@@ -209,9 +211,12 @@ class DemandForecast(Generic[Key]):
         known.waiting += 1
         self._put(program, known)
 
-    def turn_starts(self, program: Key, context_blocks: int, now_s: float) -> None:
+    def turn_starts(
+        self, program: Key, context_blocks: int, now_s: float, beginning: Beginning = ()
+    ) -> None:
         """A turn has its blocks; with the first one the episode begins."""
         known = self._programs.setdefault(program, _Program(context_blocks))
+        self._shared.put(program, beginning)
         known.context_blocks = max(known.context_blocks, context_blocks)
         known.waiting = max(0, known.waiting - 1)
         known.running += 1
@@ -266,16 +271,21 @@ class DemandForecast(Generic[Key]):
         """A program is over or forgotten; how long its episode would have been, nobody knows."""
         if self._programs.pop(program, None) is None:
             return
+        self._shared.drop(program)
         self._rows.drop(program)
         self._changes(program)
         if not self._programs:
             self._forget_sum()
 
+    def found_blocks(self, beginning: Beginning) -> int:
+        """How many of a new program's first blocks a program in an episode has."""
+        return self._shared.found_blocks(beginning)
+
     def peak_blocks(self, new_blocks: int, now_s: float, most_blocks: float = math.inf) -> float:
         """The most blocks that are expected to be wanted at a time if one more program begins now.
 
         Args:
-            new_blocks: Blocks of the new program's context.
+            new_blocks: Blocks of the new program's context, but for those in `found_blocks`.
             now_s: The time.
             most_blocks: No context grows beyond this.
         """
@@ -287,10 +297,15 @@ class DemandForecast(Generic[Key]):
         # Its first turn runs, and nothing is known of its growth.
         newcomer = np.array([[float(new_blocks)], [0.0], [0.0], [0.0], [1.0], [0.0], [0.0]])
         own = self._wanted_by(newcomer, pooled, now_s, most_blocks)[0]
-        return float((self._wanted_by_all(pooled, now_s, most_blocks) + own).max())
+        wanted = self._wanted_by_all(pooled, now_s, most_blocks) + own
+        blocks, programs = wanted[: len(AHEAD_TURNS)], wanted[len(AHEAD_TURNS) :]
+        # Programs that share run about as often as the others: of so many, so many will.
+        shares = programs / (len(self._programs) + 1)
+        excess = shares * self._shared.repeated_blocks - self._shared.distinct_blocks
+        return float((blocks - np.maximum(excess, 0.0)).max())
 
     def _wanted_by_all(self, pooled: float, now_s: float, most_blocks: float) -> _Floats:
-        """Blocks that all programs are expected to want, for each of `AHEAD_TURNS`."""
+        """Blocks that all programs are expected to want, for each of `AHEAD_TURNS`, and how many run then."""
         rows = self._rows
         if len(self._programs) <= EXACT:
             self._forget_sum()
@@ -311,7 +326,10 @@ class DemandForecast(Generic[Key]):
     def _wanted_by(
         self, columns: _Floats, pooled: float, now_s: float, most_blocks: float
     ) -> _Floats:
-        """Blocks that programs want in `AHEAD_TURNS`, by how likely they run then; (programs, ahead)."""
+        """Blocks that programs want in `AHEAD_TURNS`, by how likely they run then, and that likelihood.
+
+        Shape (programs, 2 x ahead).
+        """
         turn_s, gap_s = self._turn_s.value, self._gap_s.value
         contexts, turns, grown, grown_turns, is_active, gaps, paused = columns
         seen = self._growth_blocks.weight
@@ -328,13 +346,16 @@ class DemandForecast(Generic[Key]):
     def _wanted(
         self, contexts: _Floats, growths: _Floats, turns: _Counts, most_blocks: float
     ) -> _Floats:
-        """Blocks that programs want in `AHEAD_TURNS`, by how likely they last so long; (programs, ahead)."""
+        """Blocks that programs want in `AHEAD_TURNS`, by how likely they last so long, and that likelihood.
+
+        Shape (programs, 2 x ahead).
+        """
         so_far = turns[:, None]
         lasting = self._lasting[np.minimum(so_far + AHEAD_TURNS, MAX_TURNS)]
         lasting = lasting / self._lasting[so_far]
         grown = np.maximum(growths, 0.0)[:, None] * AHEAD_TURNS
-        wanted: _Floats = np.minimum(contexts[:, None] + grown, most_blocks) * lasting
-        return wanted
+        wanted = np.minimum(contexts[:, None] + grown, most_blocks) * lasting
+        return np.concatenate((wanted, lasting), axis=1)
 
     def _put(self, program: Key, known: _Program) -> None:
         self._rows.put(program, known.figures())

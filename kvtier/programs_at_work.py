@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Generic
+from typing import TYPE_CHECKING, Generic
 
 from kvtier.admission_facts import AdmissionConfig, AdmissionView, Key, Waiting
 from kvtier.demand_forecast import DemandForecast
 from kvtier.waiting_lines import Priorities, WaitingLines
 from kvtier.working_set import WorkingSet
+
+if TYPE_CHECKING:
+    from kvtier.shared_blocks import Beginning
 
 
 class ProgramsAtWork(Generic[Key]):
@@ -63,6 +66,7 @@ class ProgramsAtWork(Generic[Key]):
         context_blocks: int,
         now_s: float,
         priority: int = 0,
+        beginning: Beginning = (),
     ) -> None:
         """Take in a request that begins to wait; known ones are left as they are.
 
@@ -74,6 +78,7 @@ class ProgramsAtWork(Generic[Key]):
             context_blocks: Blocks that its context is expected to take.
             now_s: The time of arrival.
             priority: vLLM's; less is more urgent.
+            beginning: What its prompt begins with, see `kvtier.shared_blocks`.
         """
         self._now_s = max(self._now_s, now_s)
         if request_id in self._waiting or request_id in self._started:
@@ -89,13 +94,14 @@ class ProgramsAtWork(Generic[Key]):
             line=(priority, now_s, self._sequence),
             asked_scan=self._scan,
             needed_blocks=context_blocks,
+            beginning=beginning,
         )
         self._waiting[request_id] = entry
         if entry.is_new_program:
             self._new_blocks += context_blocks
             self._new_requests += 1
         else:
-            self._working_set.wait(program, context_blocks)
+            self._working_set.wait(program, context_blocks, beginning)
             self._forecast.turn_waits(program, now_s)
             self._peak_blocks = None
         self._lines.put(entry)
@@ -108,11 +114,16 @@ class ProgramsAtWork(Generic[Key]):
         self._leave(entry)
         self._started[request_id] = entry
         self._priorities.add(entry.priority)
-        self._forecast.turn_starts(entry.program, entry.context_blocks, self._now_s)
+        self._forecast.turn_starts(
+            entry.program, entry.context_blocks, self._now_s, entry.beginning
+        )
         self._peak_blocks = None
         self._running_since_view += 1
         self._working_set.start(
-            entry.program, entry.context_blocks, waited=not entry.is_new_program
+            entry.program,
+            entry.context_blocks,
+            entry.beginning,
+            waited=not entry.is_new_program,
         )
 
     def on_turn_ended(

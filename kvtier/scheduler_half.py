@@ -18,6 +18,7 @@ from kvtier.backend import TierState
 from kvtier.gpu_pin import ReleaseCause
 from kvtier.orders import StepOrders
 from kvtier.scheduler_parts import SchedulerParts
+from kvtier.shared_blocks import beginning
 from kvtier.turns.live_mode import Mode
 from kvtier.turns.request_view import is_wake, reusable_blocks, was_aborted
 
@@ -67,6 +68,7 @@ class SchedulerHalf(SchedulerParts):
                 max(request.num_tokens, start.expected_context_tokens)
             ),
             now_s=now_s,
+            beginning=beginning(request.block_hashes),
         )
         self.returns.mark(turn, "waiting")
 

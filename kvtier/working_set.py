@@ -7,6 +7,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from kvtier.shared_blocks import Beginning, SharedBlocks
+
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -25,14 +27,11 @@ class _Busy:
 
 
 class WorkingSet(Generic[Key]):
-    """Sums over busy programs of the blocks that their contexts are expected to take.
+    """Sums over busy programs of the blocks that their contexts are expected to take; what they share counts once.
 
     A program is *busy* while a turn of it runs or waits, for ``long_pause_s`` seconds after that, and for as long
-    as its KV is resident. It is *active* while a turn runs or waits. Every call is O(1), ``expire`` amortised.
-
-    Attributes:
-        blocks: Of the busy programs.
-        active_blocks: Of the active ones.
+    as its KV is resident. It is *active* while a turn runs or waits. A call costs O(1) but for what
+    `kvtier.shared_blocks` does, ``expire`` amortised.
     """
 
     def __init__(self, long_pause_s: float) -> None:
@@ -40,14 +39,33 @@ class WorkingSet(Generic[Key]):
         self._programs: dict[Key, _Busy] = {}
         # All pauses count for the same time, so they run out in the order in which they began.
         self._pauses: deque[tuple[float, Key]] = deque()
-        self.blocks = 0
-        self.active_blocks = 0
+        self._blocks = 0
+        self._active_blocks = 0
+        self._shared: SharedBlocks[Key] = SharedBlocks()
+        self._active_shared: SharedBlocks[Key] = SharedBlocks()
 
     def __len__(self) -> int:
         """Return the number of busy programs."""
         return len(self._programs)
 
-    def fits(self, program: Key, blocks: int, active_room: int, busy_room: int) -> bool:
+    @property
+    def blocks(self) -> int:
+        """Blocks of the busy programs."""
+        return self._blocks - self._shared.excess_blocks
+
+    @property
+    def active_blocks(self) -> int:
+        """Blocks of the active ones."""
+        return self._active_blocks - self._active_shared.excess_blocks
+
+    def fits(
+        self,
+        program: Key,
+        blocks: int,
+        active_room: int,
+        busy_room: int,
+        beginning: Beginning = (),
+    ) -> bool:
         """Whether there is room for ``program`` taking ``blocks``.
 
         Args:
@@ -55,18 +73,22 @@ class WorkingSet(Generic[Key]):
             blocks: What it would take.
             active_room: Blocks for all active programs.
             busy_room: Blocks for all busy programs.
+            beginning: What its prompt begins with, see `kvtier.shared_blocks`.
         """
         known = self._programs.get(program)
         own = known.blocks if known is not None else 0
         own_active = own if known is not None and known.is_active else 0
+        # Its own blocks are among those that are found.
+        found = max(own, self._shared.found_blocks(beginning))
+        found_active = max(own_active, self._active_shared.found_blocks(beginning))
         return (
-            self.active_blocks - own_active + blocks <= active_room
-            and self.blocks - own + blocks <= busy_room
+            self.active_blocks + max(0, blocks - found_active) <= active_room
+            and self.blocks + max(0, blocks - found) <= busy_room
         )
 
-    def wait(self, program: Key, expected_blocks: int) -> None:
+    def wait(self, program: Key, expected_blocks: int, beginning: Beginning = ()) -> None:
         """Count a turn of a program that has run before and waits to start."""
-        busy = self._grown(program, expected_blocks)
+        busy = self._grown(program, expected_blocks, beginning)
         busy.waiting += 1
 
     def give_up(self, program: Key, now_s: float) -> None:
@@ -75,9 +97,16 @@ class WorkingSet(Generic[Key]):
         busy.waiting -= 1
         self._rests(program, busy, now_s)
 
-    def start(self, program: Key, expected_blocks: int, *, waited: bool = False) -> None:
+    def start(
+        self,
+        program: Key,
+        expected_blocks: int,
+        beginning: Beginning = (),
+        *,
+        waited: bool = False,
+    ) -> None:
         """Count a turn that starts, after a ``wait`` or without; the program's context only grows."""
-        busy = self._grown(program, expected_blocks)
+        busy = self._grown(program, expected_blocks, beginning)
         busy.waiting -= waited
         busy.running += 1
         # What a pin held is the turn's own now.
@@ -124,15 +153,17 @@ class WorkingSet(Generic[Key]):
             if busy.pause_counts_until_s == until_s:
                 self._remove(program)
 
-    def _grown(self, program: Key, expected_blocks: int) -> _Busy:
+    def _grown(self, program: Key, expected_blocks: int, beginning: Beginning) -> _Busy:
         """The program's record, active, with at least so many blocks; the caller counts its turn."""
         busy = self._programs.setdefault(program, _Busy(blocks=0))
         if not busy.is_active:
-            self.active_blocks += busy.blocks
+            self._active_blocks += busy.blocks
         grown = max(0, expected_blocks - busy.blocks)
         busy.blocks += grown
-        self.blocks += grown
-        self.active_blocks += grown
+        self._blocks += grown
+        self._active_blocks += grown
+        self._shared.put(program, beginning)
+        self._active_shared.put(program, beginning)
         busy.ended = False
         return busy
 
@@ -140,7 +171,8 @@ class WorkingSet(Generic[Key]):
         """A turn is gone: with the last one, the program's pause begins."""
         if busy.is_active:
             return
-        self.active_blocks -= busy.blocks
+        self._active_blocks -= busy.blocks
+        self._active_shared.drop(program)
         busy.pause_counts_until_s = now_s + self._long_pause_s
         if busy.ended:
             self._remove(program)
@@ -148,4 +180,5 @@ class WorkingSet(Generic[Key]):
             self._pauses.append((busy.pause_counts_until_s, program))
 
     def _remove(self, program: Key) -> None:
-        self.blocks -= self._programs.pop(program).blocks
+        self._blocks -= self._programs.pop(program).blocks
+        self._shared.drop(program)

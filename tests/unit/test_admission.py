@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvtier.admission import AdmissionController
 from kvtier.admission_facts import AdmissionConfig, AdmissionDecision, AdmissionView
 from kvtier.identity.program_arrivals import ProgramArrivals, rank_s
+from kvtier.shared_blocks import Beginning, beginning
 from kvtier.working_set import WorkingSet
 from tests.unit.waiting_loop import Loop, Request, random_config, run_randomly
 
@@ -38,6 +39,7 @@ def arrive(
     blocks: int = 10,
     returning: bool = True,
     priority: int = 0,
+    starts_with: Beginning = (),
 ) -> None:
     admission.on_arrival(
         request_id,
@@ -47,6 +49,7 @@ def arrive(
         context_blocks=blocks,
         now_s=now_s,
         priority=priority,
+        beginning=starts_with,
     )
 
 
@@ -538,6 +541,56 @@ def test_busy_programs_are_counted_once() -> None:
     assert (busy.blocks, busy.active_blocks) == (40, 0)
     busy.expire(115.0)
     assert (busy.blocks, busy.active_blocks, len(busy)) == (0, 0, 0)
+
+
+INSTRUCTIONS = [b"%d" % i for i in range(50)]
+
+
+def begins(program: str) -> Beginning:
+    """50 blocks of instructions, and 10 of its own."""
+    return beginning([*INSTRUCTIONS, *(b"%d %s" % (i, program.encode()) for i in range(10))])
+
+
+def test_what_busy_programs_share_is_counted_once() -> None:
+    busy: WorkingSet[str] = WorkingSet(long_pause_s=10.0)
+    n_shared = 0
+    for n_programs, program in enumerate("abc", 1):
+        before = busy.blocks
+        assert busy.fits(program, 60, before + 60, before + 60, begins(program))
+        busy.start(program, 60, begins(program))
+        n_shared = n_shared or 60 * n_programs - busy.blocks  # 0 while there is one
+        assert busy.blocks == busy.active_blocks == 60 * n_programs - n_shared * (n_programs - 1)
+    assert 45 <= n_shared <= 50
+    own = 60 - n_shared
+    assert busy.fits("d", 60, busy.blocks + own, busy.blocks + own, begins("d"))
+    assert not busy.fits("d", 60, busy.blocks + own - 1, busy.blocks + own, begins("d"))
+    busy.pause("a", 0.0)
+    busy.pause("b", 0.0)
+    # Two that pause share with one that runs; active is that one alone, with all that it has.
+    assert (busy.blocks, busy.active_blocks) == (60 + 2 * own, 60)
+    busy.expire(20.0)
+    assert (busy.blocks, busy.active_blocks) == (60, 60)
+    busy.pause("c", 20.0)
+    busy.expire(40.0)
+    assert (busy.blocks, busy.active_blocks, len(busy._shared)) == (0, 0, 0)
+
+
+def test_a_new_program_needs_room_only_for_what_others_do_not_have() -> None:
+    config = AdmissionConfig(mode="working_set")
+    for starts_with, expected in ((begins, "first_in_order"), (lambda _: (), "working_set_full")):
+        admission = controller(config)
+        for number, program in enumerate("abc"):
+            arrive(
+                admission,
+                program,
+                program,
+                float(number),
+                blocks=60,
+                returning=False,
+                starts_with=starts_with(program),
+            )
+        admission.on_started("a")
+        assert reason(admission, "b") == expected
 
 
 def test_arrivals_are_remembered_for_the_last_active_programs() -> None:

@@ -19,6 +19,7 @@ from kvtier.demand_forecast import (
     STALE_S,
     DemandForecast,
 )
+from kvtier.shared_blocks import beginning
 
 
 def turn(
@@ -57,6 +58,29 @@ def test_where_nothing_is_known_a_program_grows_by_a_part_of_its_prompt() -> Non
     wanted = max(100 * (1 + PRIOR_GROWTH * d) * lasting[d] for d in AHEAD_TURNS)
     assert 110 < wanted < 300
     assert forecast.peak_blocks(100, 0.0) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_what_programs_share_is_wanted_once() -> None:
+    instructions = [b"%d" % i for i in range(90)]
+    alike: DemandForecast[str] = DemandForecast()
+    strangers: DemandForecast[str] = DemandForecast()
+    for i in range(10):
+        own = [b"%d %d" % (i, block) for block in range(10)]
+        alike.turn_starts(f"p{i}", 100, 0.0, beginning([*instructions, *own]))
+        strangers.turn_starts(
+            f"p{i}", 100, 0.0, beginning([b"p%d %d" % (i, block) for block in range(100)])
+        )
+    newcomer = beginning([*instructions, b"another"])
+    found = alike.found_blocks(newcomer)
+    assert 80 <= found <= 90
+    assert strangers.found_blocks(newcomer) == 0
+    apart, together = strangers.peak_blocks(100, 0.0), alike.peak_blocks(100 - found, 0.0)
+    # When contexts are largest, half of the programs have ended: five times the instructions, of which one counts.
+    assert together < apart - 3 * found
+    assert together > 11 * 10 + found
+    for i in range(10):
+        alike.program_ends(f"p{i}")
+    assert alike.found_blocks(newcomer) == 0
 
 
 def test_who_grows_will_want_more() -> None:
