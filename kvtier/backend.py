@@ -9,7 +9,7 @@ away: then in `OperationFailed`), except `trim`, `drop` and `mark`, which are fi
 Life cycle of a read: `lookup` -> `LookupDone` (hit chunks are locked) -> `trim` to what is loaded, an
 empty range unlocks all. Of a write: `reserve` -> `ReserveDone` (slots) -> copy -> `commit` ->
 `CommitDone`, whose `resident_chunks` is the only proof that the tier holds the KV (a store is never
-believed: DESIGN D4).
+believed: DESIGN D4). From then on `Evicted` tells when it holds less.
 """
 
 from __future__ import annotations
@@ -83,8 +83,17 @@ class StateChanged:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """The tier had to make room: of this program's chain, `resident_chunks` are left, counted from its start."""
+
+    namespace: str
+    program: str
+    resident_chunks: int
+
+
 OperationEvent = LookupDone | ReserveDone | CommitDone | OperationFailed
-TierEvent = OperationEvent | StateChanged
+TierEvent = OperationEvent | StateChanged | Evicted
 
 
 class TierBackend(Protocol):

@@ -25,6 +25,7 @@ from kvtier import wire
 from kvtier.backend import (
     Activity,
     CommitDone,
+    Evicted,
     LookupDone,
     OperationFailed,
     Region,
@@ -318,11 +319,18 @@ class LMCacheBridge:
         if isinstance(reply, wire.Failed) and reply.id == _HELLO_ID:
             self._refused(reply)
             return
+        if isinstance(reply, wire.Evicted):
+            self._events.append(Evicted(reply.namespace, reply.program, reply.resident_chunks))
+            return
         if self._pending.pop(reply.id, None) is None:
             if isinstance(reply, wire.LookupReply) and reply.hit_chunks:
                 # Too late: nobody waits for it any more, so give the locks back.
                 self.trim(reply.id, 0, 0)
             return
+        self._answered(reply)
+
+    def _answered(self, reply: wire.Reply) -> None:
+        """An operation that somebody waits for has ended."""
         match reply:
             case wire.LookupReply():
                 self._events.append(

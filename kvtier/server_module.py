@@ -168,11 +168,23 @@ class KVTierModule:
             identity, *frames = self._socket.recv_multipart()
             # Another kind of socket than ours puts a frame in between: what follows is unreadable.
             reply = self._answer(identity, frames[0] if frames else b"", now_s)
-            # A client that is gone is no error: ROUTER drops what it cannot route.
-            with contextlib.suppress(zmq.ZMQError):
-                self._socket.send_multipart([identity, wire.encoder.encode(reply)], zmq.NOBLOCK)
+            self._send(identity, reply)
+            self._tell_evictions()
         self._socket.close()
         self._zmq.term()
+
+    def _send(self, identity: bytes, reply: wire.Reply) -> None:
+        # A client that is gone is no error: ROUTER drops what it cannot route.
+        with contextlib.suppress(zmq.ZMQError):
+            self._socket.send_multipart([identity, wire.encoder.encode(reply)], zmq.NOBLOCK)
+
+    def _tell_evictions(self) -> None:
+        """Tell engines what they have lost: else they would count on copies that are no more."""
+        for shortened in self._table.take_shortened():
+            told = wire.Evicted(0, shortened.namespace, shortened.program, shortened.n_chunks)
+            for identity, (owner, *_) in self._owners.items():
+                if owner == shortened.owner:
+                    self._send(identity, told)
 
     def _answer(self, identity: bytes, frame: bytes, now_s: float) -> wire.Reply:
         try:

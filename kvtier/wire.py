@@ -5,8 +5,8 @@ that only the user can enter. A message is one msgpack frame: a tagged `msgspec.
 chunk keys (16 bytes each) and slot offsets, never token lists: encoding 100k tokens costs milliseconds
 on the scheduler's thread, 400 chunk keys cost microseconds.
 
-Each request has an `id` chosen by the engine; its reply carries the same id. Chunk keys travel as one
-`bytes` of `KEY_BYTES * n`.
+Each request has an `id` chosen by the engine; its reply carries the same id. `Evicted` alone comes unasked. Chunk keys
+travel as one `bytes` of `KEY_BYTES * n`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-API_VERSION = 3
+API_VERSION = 4
 KEY_BYTES = 16
 
 
@@ -180,8 +180,20 @@ class Ack(_Message, frozen=True):
     id: int
 
 
+class Evicted(_Message, frozen=True):
+    """Room was made: of the chain of a program that this engine staged last, `resident_chunks` are left.
+
+    `id` is 0. It comes behind the answer of what was asked before, and before that of what is asked later.
+    """
+
+    id: int
+    namespace: str
+    program: str
+    resident_chunks: int
+
+
 Request = Hello | Lookup | Trim | Reserve | Commit | Drop | Spoilt | Mark | Status
-Reply = Failed | HelloReply | LookupReply | ReserveReply | CommitReply | StatusReply | Ack
+Reply = Failed | HelloReply | LookupReply | ReserveReply | CommitReply | StatusReply | Ack | Evicted
 
 encoder = msgspec.msgpack.Encoder()
 request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

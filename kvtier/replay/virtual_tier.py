@@ -7,6 +7,7 @@ from typing import Final
 from kvtier.backend import (
     Activity,
     CommitDone,
+    Evicted,
     LookupDone,
     OperationFailed,
     Region,
@@ -91,6 +92,8 @@ class VirtualTier:
             self._answers.append(OperationFailed(op_id, "l1_full", ""))
         else:
             self._answers.append(ReserveDone(op_id, "1", slots))
+        for told in self.table.take_shortened():
+            self._answers.append(Evicted(told.namespace, told.program, told.n_chunks))
         return op_id
 
     def commit(self, reserve_id: int, *, ok: bool) -> int:

@@ -31,7 +31,7 @@ there when it pauses. Not nothing, as copying it again takes the link's time."""
 
 @dataclass(slots=True)
 class StoredProgram:
-    """A program with KV in the tier: the keys of its chunks, in order, and what they are worth."""
+    """A program with KV in the tier: the keys of its chunks, in order, what they are worth, and who staged them."""
 
     keys: list[bytes] = field(default_factory=list)
     density: float = 0.0
@@ -41,6 +41,7 @@ class StoredProgram:
     ranks: int = 1
     activity: Activity = "paused"
     active_on: str = ""
+    owner: str = ""
 
     def worth(self, now_s: float) -> float:
         """Value per byte, while the program pauses the less the longer it does, seconds/byte."""

@@ -20,7 +20,7 @@ is committed; when an engine is gone its locks and reservations are gone too.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvtier.server.claims import Lock, Reservation
 from kvtier.server.eviction_order import EvictionOrder, StoredProgram
@@ -31,6 +31,15 @@ if TYPE_CHECKING:
     from kvtier.backend import Activity
 
 EVICTION_STEPS = 8
+
+
+class Shortened(NamedTuple):
+    """A program that has lost the tail of its chain: `n_chunks` are left. `owner` is the engine that staged it last."""
+
+    owner: str
+    namespace: str
+    program: str
+    n_chunks: int
 
 
 class ResidencyTable:
@@ -50,6 +59,8 @@ class ResidencyTable:
         # Orphans that are not what was stored and are being read: nobody finds them any more.
         self._doomed: set[tuple[str, bytes]] = set()
         self._order = EvictionOrder(self._programs)
+        # Programs that have lost KV since `take_shortened`.
+        self._shortened: dict[tuple[str, str], str] = {}
         self.evicted_chunks = 0
 
     # -- reading -----------------------------------------------------------------------------------
@@ -65,6 +76,7 @@ class ResidencyTable:
         now_s: float,
     ) -> tuple[int, list[list[int]]]:
         """Lock the longest prefix that every rank holds; returns its length and each rank's slots."""
+        self._free_doomed()
         chain = split_keys(keys)
         slots: list[list[int]] = [[] for _ in range(ranks)]
         hit = 0
@@ -124,6 +136,7 @@ class ResidencyTable:
         now_s: float,
     ) -> list[list[int]] | None:
         """Slots for chunks [start, end), -1 where resident; None when no room can be made."""
+        self._free_doomed()
         chain = split_keys(keys)
         missing = [
             key
@@ -167,7 +180,7 @@ class ResidencyTable:
             ):
                 break
             resident += 1
-        self._set_chain(res, res.keys[:resident], now_s)
+        self._set_chain(owner, res, res.keys[:resident], now_s)
         # Chunks beyond a hole cannot be read by anyone: do not keep them alive.
         for key in res.keys[resident : res.end]:
             if any(self._store.resident(ChunkId(res.namespace, key, r)) for r in range(res.ranks)):
@@ -200,6 +213,7 @@ class ResidencyTable:
                 self._unref((namespace, unreachable))
                 gone[unreachable] = None
             del record.keys[at:]
+            self._shortened[ref] = record.owner
             if not record.keys:
                 self._remove(ref)
         for chunk in ((namespace, one) for one in gone):
@@ -231,6 +245,18 @@ class ResidencyTable:
             res = self._reservations.pop(ref)
             self._store.discard(res.chunks, res.tag)
 
+    def take_shortened(self) -> list[Shortened]:
+        """Programs that have lost KV since the last call, for the engines that count on it."""
+        shortened, self._shortened = self._shortened, {}
+        return [
+            Shortened(owner, namespace, program, self._n_chunks((namespace, program)))
+            for (namespace, program), owner in shortened.items()
+        ]
+
+    def _n_chunks(self, ref: tuple[str, str]) -> int:
+        record = self._programs.get(ref)
+        return len(record.keys) if record is not None else 0
+
     def counts(self) -> dict[str, int]:
         """Programs, chunks (per rank), chunks locked, open reservations."""
         return {
@@ -261,7 +287,7 @@ class ResidencyTable:
         else:
             self._locked.pop(chunk, None)
 
-    def _set_chain(self, res: Reservation, keys: list[bytes], now_s: float) -> None:
+    def _set_chain(self, owner: str, res: Reservation, keys: list[bytes], now_s: float) -> None:
         record = self._programs.setdefault((res.namespace, res.program), StoredProgram())
         old = record.keys
         common = 0
@@ -279,6 +305,7 @@ class ResidencyTable:
         record.density = _density(res.value_s, res.keys, res.slot_bytes, res.ranks)
         record.lease_until_s = now_s + res.lease_s
         record.used_s, record.slot_bytes, record.ranks = now_s, res.slot_bytes, res.ranks
+        record.owner = owner
         self._order.place((res.namespace, res.program), now_s)
 
     def _remove(self, ref: tuple[str, str]) -> None:
@@ -297,6 +324,11 @@ class ResidencyTable:
         if chunk not in self._refs:
             self._sizes[chunk] = size
             self._orphans[chunk] = None
+
+    def _free_doomed(self) -> None:
+        """Try anew what the store could not let go of: until it has gone, nothing can be stored in its place."""
+        for chunk in [chunk for chunk in self._doomed if not self._locked.get(chunk)]:
+            self._free(chunk)
 
     def _free(self, chunk: tuple[str, bytes]) -> int:
         """Free a chunk that nobody references; returns its bytes, all ranks.
@@ -380,6 +412,7 @@ class ResidencyTable:
                 # Its memory cannot be had yet: the chain is not made shorter for nothing.
                 break
             record.keys.pop()
+            self._shortened[ref] = record.owner
             self._unref(chunk)
             if goes:
                 freed += self._forget(chunk)

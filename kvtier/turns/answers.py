@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from typing import TYPE_CHECKING
 
-from kvtier.backend import StateChanged, TierBackend, TierState
+from kvtier.backend import Evicted, StateChanged, TierBackend, TierState
 from kvtier.turns.step_times import RankResults
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class Answers:
         for event in self._tier.poll(now_s, wait_s):
             if isinstance(event, StateChanged):
                 self._tier_changed(event)
+            elif isinstance(event, Evicted):
+                self._stager.copies.evicted(event.program, event.resident_chunks)
             elif not (self._stager.on_event(event, now_s) or self._prefetcher.on_event(event)):
                 self._reader.on_event(event)
 

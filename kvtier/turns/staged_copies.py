@@ -1,4 +1,4 @@
-"""What the CPU tier is known to hold of each program: what commits have confirmed, until a lookup sees less."""
+"""What the CPU tier is known to hold of each program: what commits have confirmed, until the tier says otherwise."""
 
 from __future__ import annotations
 
@@ -62,6 +62,12 @@ class StagedCopies:
         before = self.confirmed_chunks(strand)
         self._staged[strand] = Staged(chain, n_chunks)
         return max(0, n_chunks - before)
+
+    def evicted(self, strand: str, resident_chunks: int) -> None:
+        """The tier has made room, and holds no more than so many chunks of a conversation."""
+        staged = self._staged.get(strand)
+        if staged is not None and resident_chunks < staged.n_chunks:
+            self._staged[strand] = Staged(staged.chain, resident_chunks)
 
     def correct(self, program: str, chain: ChunkChain, resident_chunks: int) -> None:
         """A lookup of `chain` has seen how much of it is really there.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtier.backend import (
     CommitDone,
+    Evicted,
     LookupDone,
     OperationFailed,
     ReserveDone,
@@ -133,7 +134,7 @@ class _TapedTier(VirtualTier):
 
     def poll(self, now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
         for event in super().poll(now_s, wait_s):
-            assert not isinstance(event, StateChanged)
+            assert not isinstance(event, StateChanged | Evicted), "the tier had room for all"
             self._open[event.op_id] = event
         # Operations are numbered from 1 in both.
         due = [self._open.pop(number) for number, _ in next(self._polls, [])]
@@ -167,7 +168,7 @@ def _record_tier(tier: Any, tape: Tape, shadow: Callable[..., None]) -> None:
         return started
 
     def polled(now_s: float, wait_s: float = 0.0) -> list[TierEvent]:
-        events: list[TierEvent] = poll(now_s, wait_s)
+        events = poll(now_s, wait_s)
         tape.polls.append([_answer(event, numbers[event.op_id]) for event in events])
         return events
 

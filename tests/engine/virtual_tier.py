@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kvtier.backend import (
     Activity,
     CommitDone,
+    Evicted,
     LookupDone,
     OperationFailed,
     Region,
@@ -86,7 +87,7 @@ class VirtualTier:
             (
                 due,
                 event
-                if isinstance(event, StateChanged)
+                if isinstance(event, StateChanged | Evicted)
                 else OperationFailed(event.op_id, "away", ""),
             )
             for due, event in self._answers

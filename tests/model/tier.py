@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import TYPE_CHECKING, Final
 
-from kvtier.backend import CommitDone, StateChanged
+from kvtier.backend import CommitDone, Evicted, StateChanged
 from kvtier.server.l1_store import ChunkId
 from tests.unit.virtual_tier import VirtualTier
 
@@ -74,7 +74,8 @@ class UnreliableTier(VirtualTier):
             due += [
                 event
                 for event in due
-                if not isinstance(event, StateChanged) and self._chance.random() < self.repeat_share
+                if not isinstance(event, StateChanged | Evicted)
+                and self._chance.random() < self.repeat_share
             ]
         return due
 
@@ -111,6 +112,8 @@ class UnreliableTier(VirtualTier):
         """kvtier hears of an event now."""
         if isinstance(event, StateChanged):
             self.told.clear()
+            return
+        if isinstance(event, Evicted):
             return
         copy, keys, n_held = self._to_tell.pop(event.op_id, (None, [], 0))
         if copy is None or not isinstance(event, CommitDone):

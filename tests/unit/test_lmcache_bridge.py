@@ -15,6 +15,7 @@ import zmq
 from kvtier import wire
 from kvtier.backend import (
     CommitDone,
+    Evicted,
     LookupDone,
     OperationFailed,
     Region,
@@ -506,6 +507,16 @@ def test_garbage_ends_the_session(server: Server, client: Client, garbage: bytes
     server.answer = lambda _, reply: reply
     client.ready()
     assert isinstance(client.outcome(client.lookup()), LookupDone)
+
+
+def test_what_had_to_make_room_is_told_unasked(server: Server, client: Client) -> None:
+    client.ready()
+    server.answer = lambda request, reply: (
+        wire.Evicted(0, NS, "p", 2) if isinstance(request, wire.Mark) else reply
+    )
+    client.bridge.mark(NS, "p", "running")
+    client.until(lambda: Evicted(NS, "p", 2) in client.events)
+    assert isinstance(client.outcome(client.lookup()), LookupDone), "the session goes on"
 
 
 def test_an_answer_of_the_wrong_kind_fails_the_operation(server: Server, client: Client) -> None:

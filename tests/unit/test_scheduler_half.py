@@ -11,6 +11,7 @@ from kvtier.backend import NoTier
 from kvtier.programs import ProgramLimits
 from kvtier.turns.engine_facts import StepFacts
 from kvtier.turns.live_mode import Mode
+from kvtier.wire import KEY_BYTES
 from tests.unit.mini_engine import MiniEngine
 from tests.unit.program_cases import (
     assert_nothing_held,
@@ -232,6 +233,25 @@ def test_the_tier_is_told_what_its_programs_do(engine: MiniEngine, tier: Virtual
     engine.half.reset_tier()
     engine.run(third)
     assert tier.marked[3:] == [], "nor of what was computed before the weights changed"
+
+
+def test_a_copy_that_had_to_make_room_while_its_program_ran_is_made_again() -> None:
+    """Nobody may count on it: where the pin then ends, too, the whole context would have to be computed again."""
+    tier = VirtualTier(n_slots=6)
+    engine = MiniEngine(tier=tier)
+    first = turn("r1", prompt(30))
+    engine.run(first)
+    # What the second turn adds is less than a chunk.
+    engine.add(follow_up(first, "r2", n_new=2, max_tokens=4))
+    engine.step()
+    others = b"".join(bytes([i]) * KEY_BYTES for i in range(5))
+    reserve_id = tier.reserve("ns", "others", others, 0, 5, 1e9, 60.0)
+    tier.commit(reserve_id, ok=True)
+    tier.drop("ns", "others")
+    engine.run()
+    held = {program: len(stored.keys) for (_, program), stored in tier.table._programs.items()}
+    assert list(held.values()) == [4]
+    assert failures(engine) == {}
 
 
 def test_a_turn_that_goes_before_it_starts_is_waited_for_no_longer(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvtier.backend import StateChanged, TierState
+from kvtier.backend import Evicted, StateChanged, TierState
 from kvtier.chunk_keys import ChunkChain, chain_seed
 from kvtier.gpu_pin import PinTable
 from kvtier.orders import Order, OrderIds, OrderResult
@@ -68,6 +68,8 @@ class Rig:
         for event in self.tier.poll(self.now_s):
             if isinstance(event, StateChanged):
                 self.stager.forget_all()
+            elif isinstance(event, Evicted):
+                self.stager.copies.evicted(event.program, event.resident_chunks)
             else:
                 assert self.stager.on_event(event, self.now_s)
 
@@ -454,7 +456,7 @@ def test_a_forgotten_program_leaves_others_alone(rig: Rig) -> None:
 def test_events_and_results_of_others_are_left_to_them(rig: Rig) -> None:
     rig.tier.lookup("ns", "p", b"")
     (event,) = rig.tier.poll(0.0)
-    assert not isinstance(event, StateChanged)
+    assert not isinstance(event, StateChanged | Evicted)
     assert not rig.stager.on_event(event, 0.0)
     assert not rig.stager.on_result(OrderResult(99, "store", True, 1, 0.1, 1))
 

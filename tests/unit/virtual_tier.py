@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kvtier.backend import (
     Activity,
     CommitDone,
+    Evicted,
     LookupDone,
     OperationFailed,
     Region,
@@ -97,7 +98,7 @@ class VirtualTier:
             return
         self.state = TierState.AWAY
         told = [(at, e) for at, e in self._answers if isinstance(e, StateChanged)]
-        lost = [e for _, e in self._answers if not isinstance(e, StateChanged)]
+        lost = [e for _, e in self._answers if not isinstance(e, StateChanged | Evicted)]
         self._answers = told
         for event in lost:
             self._answer(OperationFailed(event.op_id, "timeout", "lost"), 0)
@@ -161,6 +162,10 @@ class VirtualTier:
             self._answer(OperationFailed(op_id, "l1_full", ""))
         else:
             self._answer(ReserveDone(op_id, self.region.generation, slots))
+        for shortened in self.table.take_shortened():
+            if shortened.owner == self._owner:
+                told = Evicted(shortened.namespace, shortened.program, shortened.n_chunks)
+                self._answer(told)
         return op_id
 
     def commit(self, reserve_id: int, *, ok: bool) -> int:
@@ -200,7 +205,7 @@ class VirtualTier:
         due = [event for at, event in self._answers if at < self._polls]
         self._answers = [(at, event) for at, event in self._answers if at >= self._polls]
         for event in due:
-            if not isinstance(event, StateChanged):
+            if not isinstance(event, StateChanged | Evicted):
                 # Every operation ends in exactly one event.
                 self._started.remove(event.op_id)
         return due
