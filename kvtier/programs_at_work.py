@@ -114,16 +114,13 @@ class ProgramsAtWork(Generic[Key]):
         self._leave(entry)
         self._started[request_id] = entry
         self._priorities.add(entry.priority)
-        self._forecast.turn_starts(
-            entry.program, entry.context_blocks, self._now_s, entry.beginning
-        )
+        # It may be looked up in its line for a while yet: what is long is not kept for that.
+        beginning, entry.beginning = entry.beginning, ()
+        self._forecast.turn_starts(entry.program, entry.context_blocks, self._now_s, beginning)
         self._peak_blocks = None
         self._running_since_view += 1
         self._working_set.start(
-            entry.program,
-            entry.context_blocks,
-            entry.beginning,
-            waited=not entry.is_new_program,
+            entry.program, entry.context_blocks, beginning, waited=not entry.is_new_program
         )
 
     def on_turn_ended(
@@ -157,6 +154,7 @@ class ProgramsAtWork(Generic[Key]):
         entry = self._waiting.pop(request_id, None)
         if entry is not None:
             self._leave(entry)
+            entry.beginning = ()
             if not entry.is_new_program:
                 self._working_set.give_up(entry.program, self._now_s)
                 self._forecast.turn_vanishes(entry.program, self._now_s, started=False)

@@ -239,6 +239,11 @@ def found_missing_unnoticed() -> Plant:
     return mock.patch.object(StagedCopies, "correct")
 
 
+def eviction_unnoticed() -> Plant:
+    """What had to make room still counts as staged, until a lookup or a commit sees less."""
+    return mock.patch.object(StagedCopies, "evicted")
+
+
 def confirmed_for_ever() -> Plant:
     """A commit that finds less than one before does not make what counts as staged less."""
     confirm = StagedCopies.confirm
@@ -308,6 +313,7 @@ ALL: Final[dict[str, Callable[[], Plant]]] = {
         tier_lost_unnoticed,
         found_missing_unnoticed,
         confirmed_for_ever,
+        eviction_unnoticed,
         waits_for_lost_tier,
     )
 }

@@ -32,7 +32,7 @@ class UnreliableTier(VirtualTier):
         repeat_share: Of answers that come twice.
         remembers: Whether `told` is kept: a long life has many chunks.
         told: By namespace and name, the chunks that kvtier has been told of: the tier held them when it answered a
-            commit. Nothing from before kvtier was last told that the tier had gone or come.
+            commit, and has not told since that they had to go. Nothing from before kvtier was last told that the tier had gone or come.
     """
 
     def __init__(self, n_slots: int, chance: random.Random) -> None:
@@ -43,6 +43,8 @@ class UnreliableTier(VirtualTier):
         self.told: dict[tuple[str, str], set[bytes]] = {}
         # By commit, what its answer will tell of: the chain, and how much of it is held.
         self._to_tell: dict[int, tuple[tuple[str, str], list[bytes], int]] = {}
+        # The chain of that commit, by what it was about.
+        self._chains: dict[tuple[str, str], list[bytes]] = {}
         # The last commit whose answer was heard, by what it was about.
         self._heard: dict[tuple[str, str], int] = {}
         self._chance = chance
@@ -114,6 +116,9 @@ class UnreliableTier(VirtualTier):
             self.told.clear()
             return
         if isinstance(event, Evicted):
+            copy = event.namespace, event.program
+            gone = self._chains.get(copy, [])[event.resident_chunks :]
+            self.told.get(copy, set()).difference_update(gone)
             return
         copy, keys, n_held = self._to_tell.pop(event.op_id, (None, [], 0))
         if copy is None or not isinstance(event, CommitDone):
@@ -124,6 +129,7 @@ class UnreliableTier(VirtualTier):
             # Answers may overtake each other: an old one takes nothing back.
             self._heard[copy] = event.op_id
             told.difference_update(keys[n_held:])
+            self._chains[copy] = keys
 
     def _answer(self, event: TierEvent, after: int | None = None) -> None:
         if after is None and self.max_delay and not self.is_calm:
