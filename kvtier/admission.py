@@ -268,17 +268,17 @@ class AdmissionController(ProgramsAtWork[Key]):
         beginning = entry.beginning
         if not self._working_set.fits(entry.program, blocks, room_blocks, all_blocks, beginning):
             return False
-        own_blocks = max(1, blocks - self._forecast.found_blocks(beginning))
+        repeated_blocks = self._forecast.repeated_blocks(beginning)
         most_blocks = self._view.total_blocks * self.config.overcommit
-        return self._expected_peak_blocks(own_blocks) <= most_blocks
+        return self._expected_peak_blocks(blocks, repeated_blocks) <= most_blocks
 
-    def _expected_peak_blocks(self, blocks: int) -> float:
-        if self._peak_blocks is None or self._peak_blocks[0] != blocks:
-            self._peak_blocks = (
-                blocks,
-                self._forecast.peak_blocks(blocks, self._now_s, self._view.total_blocks),
+    def _expected_peak_blocks(self, blocks: int, repeated_blocks: int) -> float:
+        if self._peak_blocks is None or self._peak_blocks[:2] != (blocks, repeated_blocks):
+            peak_blocks = self._forecast.peak_blocks(
+                blocks, self._now_s, self._view.total_blocks, repeated_blocks
             )
-        return self._peak_blocks[1]
+            self._peak_blocks = (blocks, repeated_blocks, peak_blocks)
+        return self._peak_blocks[2]
 
     def _is_aged(self, entry: Waiting[Key], now_s: float) -> bool:
         """Whether the request has waited for so long that waiting alone decides."""

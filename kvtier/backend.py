@@ -9,7 +9,7 @@ away: then in `OperationFailed`), except `trim`, `drop` and `mark`, which are fi
 Life cycle of a read: `lookup` -> `LookupDone` (hit chunks are locked) -> `trim` to what is loaded, an
 empty range unlocks all. Of a write: `reserve` -> `ReserveDone` (slots) -> copy -> `commit` ->
 `CommitDone`, whose `resident_chunks` is the only proof that the tier holds the KV (a store is never
-believed: DESIGN D4). From then on `Evicted` tells when it holds less.
+believed: DESIGN D4). `Evicted` tells the engine that staged it last when the tier holds less, if it can.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class StateChanged:
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """The tier had to make room: of this program's chain, `resident_chunks` are left, counted from its start."""
+    """Of this program's chain `resident_chunks` are left, counted from its start: the tier had to make room, say."""
 
     namespace: str
     program: str

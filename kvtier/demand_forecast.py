@@ -77,6 +77,7 @@ class _Program:
         began_s: When the last turn started.
         paused_s: When the last turn ended.
         gap_s: Mean pause after such a turn.
+        repeated_blocks: Of its context, those that others have, too, as of when `S` was estimated.
     """
 
     context_blocks: int
@@ -89,34 +90,36 @@ class _Program:
     began_s: float = 0.0
     paused_s: float = 0.0
     gap_s: float = 0.0
+    repeated_blocks: int = 0
 
     def figures(self) -> tuple[float, ...]:
         """What a forecast reads, see `_Rows`."""
         is_active = bool(self.running or self.waiting)
         turns = min(self.turns, MAX_TURNS)
         grown = self.grown_blocks, self.grown_turns
-        return (self.context_blocks, turns, *grown, is_active, self.gap_s, self.paused_s)
+        pause = self.gap_s, self.paused_s
+        return (self.context_blocks, turns, *grown, is_active, *pause, self.repeated_blocks)
 
 
 class _Rows(Generic[Key]):
     """Programs' figures in columns, so that a forecast takes some microseconds and not one for each program.
 
     A row: context in blocks, turns, blocks grown, in how many turns, 1.0 while it runs or waits, mean pause
-    after its last turn, when that ended.
+    after its last turn, when that ended, blocks that others have, too.
     """
 
     def __init__(self) -> None:
-        self._figures: _Floats = np.zeros((64, 7))
+        self._figures: _Floats = np.zeros((64, 8))
         self._keys: list[Key] = []
         self._at: dict[Key, int] = {}
 
     @property
     def columns(self) -> _Floats:
-        """Figures, shape (7, programs)."""
+        """Figures, shape (8, programs)."""
         return self._figures[: len(self._keys)].T
 
     def of(self, keys: Sequence[Key]) -> _Floats:
-        """Figures of some programs, shape (7, programs)."""
+        """Figures of some programs, shape (8, programs)."""
         found: _Floats = self._figures[[self._at[key] for key in keys]].T
         return found
 
@@ -186,6 +189,7 @@ class DemandForecast(Generic[Key]):
         self._gap_s = _Mean()
         self._lasting = self._estimate()
         self._estimated_s = float("-inf")
+        self._distinct_blocks = 0
         # What each of many programs will want, their sum, for which limit, and whose change it does not know of.
         self._terms: dict[Key, _Floats] = {}
         self._sum: _Floats | None = None
@@ -277,35 +281,51 @@ class DemandForecast(Generic[Key]):
         if not self._programs:
             self._forget_sum()
 
-    def found_blocks(self, beginning: Beginning) -> int:
-        """How many of a new program's first blocks a program in an episode has."""
-        return self._shared.found_blocks(beginning)
+    def repeated_blocks(self, beginning: Beginning) -> int:
+        """How many of a new program's first blocks several programs in an episode have."""
+        return self._shared.found_blocks(beginning, 2)
 
-    def peak_blocks(self, new_blocks: int, now_s: float, most_blocks: float = math.inf) -> float:
+    def peak_blocks(
+        self,
+        new_blocks: int,
+        now_s: float,
+        most_blocks: float = math.inf,
+        repeated_blocks: int = 0,
+    ) -> float:
         """The most blocks that are expected to be wanted at a time if one more program begins now.
 
         Args:
-            new_blocks: Blocks of the new program's context, but for those in `found_blocks`.
+            new_blocks: Blocks of the new program's context.
             now_s: The time.
             most_blocks: No context grows beyond this.
+            repeated_blocks: Of the new program, see there.
         """
         if now_s - self._estimated_s >= STALE_S:
             self._estimated_s = now_s
             self._lasting = self._estimate()
             self._sum = None
+            self._see_what_repeats()
         pooled = self._growth_blocks.value
         # Its first turn runs, and nothing is known of its growth.
-        newcomer = np.array([[float(new_blocks)], [0.0], [0.0], [0.0], [1.0], [0.0], [0.0]])
+        figures = (new_blocks, 0, 0, 0, 1, 0, 0, repeated_blocks)
+        newcomer = np.array(figures, dtype=np.float64)[:, None]
         own = self._wanted_by(newcomer, pooled, now_s, most_blocks)[0]
         wanted = self._wanted_by_all(pooled, now_s, most_blocks) + own
-        blocks, programs = wanted[: len(AHEAD_TURNS)], wanted[len(AHEAD_TURNS) :]
-        # Programs that share run about as often as the others: of so many, so many will.
-        shares = programs / (len(self._programs) + 1)
-        excess = shares * self._shared.repeated_blocks - self._shared.distinct_blocks
-        return float((blocks - np.maximum(excess, 0.0)).max())
+        blocks, repeated = wanted[: len(AHEAD_TURNS)], wanted[len(AHEAD_TURNS) :]
+        # What several of those who run have is there once.
+        distinct_blocks = max(self._distinct_blocks, self._shared.distinct_blocks)
+        return float((blocks - np.maximum(repeated - distinct_blocks, 0.0)).max())
+
+    def _see_what_repeats(self) -> None:
+        self._distinct_blocks = self._shared.distinct_blocks
+        for program, known in self._programs.items():
+            repeated_blocks = self._shared.repeated_of(program)
+            if repeated_blocks != known.repeated_blocks:
+                known.repeated_blocks = repeated_blocks
+                self._put(program, known)
 
     def _wanted_by_all(self, pooled: float, now_s: float, most_blocks: float) -> _Floats:
-        """Blocks that all programs are expected to want, for each of `AHEAD_TURNS`, and how many run then."""
+        """What `_wanted_by` says, of all programs together."""
         rows = self._rows
         if len(self._programs) <= EXACT:
             self._forget_sum()
@@ -326,12 +346,12 @@ class DemandForecast(Generic[Key]):
     def _wanted_by(
         self, columns: _Floats, pooled: float, now_s: float, most_blocks: float
     ) -> _Floats:
-        """Blocks that programs want in `AHEAD_TURNS`, by how likely they run then, and that likelihood.
+        """Blocks that programs want in `AHEAD_TURNS`, and those of them that others have, by how likely they run then.
 
         Shape (programs, 2 x ahead).
         """
         turn_s, gap_s = self._turn_s.value, self._gap_s.value
-        contexts, turns, grown, grown_turns, is_active, gaps, paused = columns
+        contexts, turns, grown, grown_turns, is_active, gaps, paused, repeated = columns
         seen = self._growth_blocks.weight
         pooled = (seen * pooled + PRIOR_GROWTH_TURNS * PRIOR_GROWTH * contexts) / (
             seen + PRIOR_GROWTH_TURNS
@@ -339,23 +359,25 @@ class DemandForecast(Generic[Key]):
         growths = (grown + POOLED_TURNS * pooled) / (grown_turns + POOLED_TURNS)
         # Gaps have heavy tails: who has been away for long is expected to be away for as long again.
         away_s = np.where(is_active, gap_s, np.maximum(gaps, now_s - paused))
-        wanted = self._wanted(contexts, growths, turns.astype(np.int64), most_blocks)
-        shared: _Floats = _share(turn_s, away_s)[:, None] * wanted
-        return shared
+        wanted = self._wanted(contexts, growths, repeated, turns.astype(np.int64), most_blocks)
+        likely: _Floats = _share(turn_s, away_s)[:, None] * wanted
+        return likely
 
     def _wanted(
-        self, contexts: _Floats, growths: _Floats, turns: _Counts, most_blocks: float
+        self,
+        contexts: _Floats,
+        growths: _Floats,
+        repeated: _Floats,
+        turns: _Counts,
+        most_blocks: float,
     ) -> _Floats:
-        """Blocks that programs want in `AHEAD_TURNS`, by how likely they last so long, and that likelihood.
-
-        Shape (programs, 2 x ahead).
-        """
+        """As `_wanted_by`, by how likely they last so long."""
         so_far = turns[:, None]
         lasting = self._lasting[np.minimum(so_far + AHEAD_TURNS, MAX_TURNS)]
         lasting = lasting / self._lasting[so_far]
         grown = np.maximum(growths, 0.0)[:, None] * AHEAD_TURNS
         wanted = np.minimum(contexts[:, None] + grown, most_blocks) * lasting
-        return np.concatenate((wanted, lasting), axis=1)
+        return np.concatenate((wanted, repeated[:, None] * lasting), axis=1)
 
     def _put(self, program: Key, known: _Program) -> None:
         self._rows.put(program, known.figures())

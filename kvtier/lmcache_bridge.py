@@ -202,8 +202,8 @@ class LMCacheBridge:
         self._now_s = now_s
         deadline_s = time.monotonic() + wait_s
         self._take_frames()
-        # What comes meanwhile may be no event: the answer to a status question, or to nobody.
-        while not self._events and (left_s := deadline_s - time.monotonic()) > 0:
+        # What comes meanwhile may be nobody's answer: to a status question, or what had to make room.
+        while not self._has_answer() and (left_s := deadline_s - time.monotonic()) > 0:
             self._socket.poll(int(left_s * 1000) + 1)
             self._take_frames()
         # An operation's time runs from the first poll after it was sent: the engine's step in between
@@ -228,6 +228,9 @@ class LMCacheBridge:
             self._send(wire.Status, expect_event=False)
         events, self._events = self._events, []
         return events
+
+    def _has_answer(self) -> bool:
+        return any(not isinstance(event, Evicted) for event in self._events)
 
     def _take_frames(self) -> None:
         while True:

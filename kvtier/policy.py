@@ -64,7 +64,8 @@ class Policy:
         self.ttl = TtlController(fixed_ttl_s=config.fixed_ttl_s)
         self.store_link = LinkEstimator(COLD_LINK)
         self.load_link = LinkEstimator(COLD_LINK)
-        flops = facts.ranks * (COLD_CPU_FLOPS if facts.on_cpu else COLD_GPU_FLOPS)
+        # Ranks on a CPU share its cores.
+        flops = COLD_CPU_FLOPS if facts.on_cpu else facts.ranks * COLD_GPU_FLOPS
         self.prefill = PrefillEstimator(
             PrefillModel.from_flops(
                 facts.n_parameters, facts.n_layers, facts.attention_width, flops

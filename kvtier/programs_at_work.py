@@ -38,7 +38,7 @@ class ProgramsAtWork(Generic[Key]):
         self._working_set: WorkingSet[Key] = WorkingSet(config.long_pause_s)
         self._forecast: DemandForecast[Key] = DemandForecast()
         # Of `_forecast`, until something happens: what was asked, and its answer.
-        self._peak_blocks: tuple[int, float] | None = None
+        self._peak_blocks: tuple[int, int, float] | None = None
 
     @property
     def waiting(self) -> int:
@@ -52,9 +52,9 @@ class ProgramsAtWork(Generic[Key]):
 
     @property
     def busy(self) -> tuple[int, int]:
-        """Programs that run, pause for a short time or wait to begin, and the blocks they take."""
+        """Programs that run, pause for a short time or wait to begin, and the blocks of their contexts, each its own."""
         n_programs = len(self._working_set) + self._new_requests
-        return n_programs, self._working_set.blocks + self._new_blocks
+        return n_programs, self._working_set.separate_blocks + self._new_blocks
 
     def on_arrival(
         self,

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OWNER_CHECK_INTERVAL_S = 1.0
+TELL_WITHIN_S = 5.0
+"""An engine that was heard so long ago reads what it is sent. One at work asks for counts every two seconds."""
 RELEASE_GRACE_S = 15.0
 """What an engine held is kept this long after it died or reconnected: its workers may still be copying.
 Workers give up an order after `staging.ORDER_DEADLINE_S`, which is less."""
@@ -118,6 +120,7 @@ class KVTierModule:
         self._generation = uuid.uuid4().hex
         self._owners: dict[bytes, tuple[str, int, float]] = {}
         self._leaving: dict[str, float] = {}
+        self._heard_s: dict[bytes, float] = {}
         self._stop = threading.Event()
         self._zmq = zmq.Context()
         self._socket = self._zmq.socket(zmq.ROUTER)
@@ -169,7 +172,13 @@ class KVTierModule:
             # Another kind of socket than ours puts a frame in between: what follows is unreadable.
             reply = self._answer(identity, frames[0] if frames else b"", now_s)
             self._send(identity, reply)
-            self._tell_evictions()
+            if identity in self._owners:
+                self._heard_s[identity] = now_s
+            try:
+                self._tell_evictions(now_s)
+            except Exception:
+                # As above; engines find out when they look.
+                logger.exception("engines could not be told of evictions")
         self._socket.close()
         self._zmq.term()
 
@@ -178,13 +187,17 @@ class KVTierModule:
         with contextlib.suppress(zmq.ZMQError):
             self._socket.send_multipart([identity, wire.encoder.encode(reply)], zmq.NOBLOCK)
 
-    def _tell_evictions(self) -> None:
-        """Tell engines what they have lost: else they would count on copies that are no more."""
-        for shortened in self._table.take_shortened():
-            told = wire.Evicted(0, shortened.namespace, shortened.program, shortened.n_chunks)
-            for identity, (owner, *_) in self._owners.items():
-                if owner == shortened.owner:
-                    self._send(identity, told)
+    def _tell_evictions(self, now_s: float) -> None:
+        """Tell engines what they have lost: else they would count on copies that are no more.
+
+        Those that are silent, as they have nothing to do, are told behind the answer to what they ask next: nothing
+        piles up in their socket meanwhile.
+        """
+        for identity, (owner, *_) in self._owners.items():
+            if now_s - self._heard_s.get(identity, 0.0) > TELL_WITHIN_S:
+                continue
+            for shortened in self._table.take_shortened(owner):
+                self._send(identity, wire.Evicted(0, *shortened))
 
     def _answer(self, identity: bytes, frame: bytes, now_s: float) -> wire.Reply:
         try:
@@ -224,7 +237,7 @@ class KVTierModule:
             if (pid, started_s) == (hello.pid, hello.pid_start_s) and _engine(owner) == _engine(
                 hello.owner
             ):
-                del self._owners[other]
+                self._forget(other)
                 if owner != hello.owner:
                     self._leaving[owner] = time.monotonic()
         self._owners[identity] = (hello.owner, hello.pid, hello.pid_start_s)
@@ -299,11 +312,15 @@ class KVTierModule:
         used, _ = self._storage.get_l1_usage()
         return int(used)
 
+    def _forget(self, identity: bytes) -> None:
+        del self._owners[identity]
+        self._heard_s.pop(identity, None)
+
     def _release_dead_owners(self, now_s: float) -> None:
         for identity, (owner, pid, started_s) in list(self._owners.items()):
             if not processes.alive(pid, started_s):
                 logger.warning("engine %s (pid %d) is gone", owner, pid)
-                del self._owners[identity]
+                self._forget(identity)
                 self._leaving[owner] = now_s
         for owner, since_s in list(self._leaving.items()):
             if now_s - since_s >= RELEASE_GRACE_S:

@@ -11,6 +11,7 @@ in common is found too small by as much at most.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Hashable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
@@ -74,12 +75,12 @@ class SharedBlocks(Generic[Key]):
         return self.repeated_blocks - self.distinct_blocks
 
     def put(self, program: Key, beginning: Beginning) -> None:
-        """Count a program, or what it begins with now."""
+        """Count a program, or what its longest prompt begins with: of requests side by side, one counts."""
         known = self._beginnings.get(program, ())
-        if beginning == known:
-            self._beginnings[program] = beginning
-            return
         kept = len(known)
+        if len(beginning) < kept or beginning == known:
+            self._beginnings.setdefault(program, ())
+            return
         if beginning[:kept] != known:
             self._forget(known)
             kept = 0
@@ -98,14 +99,17 @@ class SharedBlocks(Generic[Key]):
         """Count a program no more. Harmless where it is not counted."""
         self._forget(self._beginnings.pop(program, ()))
 
-    def found_blocks(self, beginning: Beginning) -> int:
-        """How many of a prompt's leading blocks a program of the set has."""
-        found = 0
-        for at, block_hash in enumerate(beginning):
-            if block_hash not in self._holders:
-                break
-            found = PLACES[at]
-        return found
+    def found_blocks(self, beginning: Beginning, least_holders: int = 1) -> int:
+        """How many of a prompt's leading blocks so many programs of the set have."""
+        # Who has a block of a text has those before it, so holders only become fewer.
+        n_places = bisect_left(
+            beginning, True, key=lambda block_hash: self._holders.get(block_hash, 0) < least_holders
+        )
+        return PLACES[n_places - 1] if n_places else 0
+
+    def repeated_of(self, program: Key) -> int:
+        """How many of a program's blocks others have, too."""
+        return self.found_blocks(self._beginnings.get(program, ()), 2)
 
     def _forget(self, beginning: Beginning) -> None:
         holders = self._holders

@@ -181,9 +181,10 @@ class Ack(_Message, frozen=True):
 
 
 class Evicted(_Message, frozen=True):
-    """Room was made: of the chain of a program that this engine staged last, `resident_chunks` are left.
+    """Of the chain of a program that this engine has staged, `resident_chunks` are left: room was made, say.
 
-    `id` is 0. It comes behind the answer of what was asked before, and before that of what is asked later.
+    `id` is 0. It comes behind the answer of what was asked before, and before that of what is asked later; an engine that
+    has been silent for a while gets it behind the answer to what it asks next.
     """
 
     id: int

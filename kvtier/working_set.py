@@ -54,6 +54,11 @@ class WorkingSet(Generic[Key]):
         return self._blocks - self._shared.excess_blocks
 
     @property
+    def separate_blocks(self) -> int:
+        """Blocks of the busy programs, if they had nothing in common."""
+        return self._blocks
+
+    @property
     def active_blocks(self) -> int:
         """Blocks of the active ones."""
         return self._active_blocks - self._active_shared.excess_blocks

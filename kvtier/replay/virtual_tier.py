@@ -92,8 +92,8 @@ class VirtualTier:
             self._answers.append(OperationFailed(op_id, "l1_full", ""))
         else:
             self._answers.append(ReserveDone(op_id, "1", slots))
-        for told in self.table.take_shortened():
-            self._answers.append(Evicted(told.namespace, told.program, told.n_chunks))
+        for told in self.table.take_shortened(_OWNER):
+            self._answers.append(Evicted(*told))
         return op_id
 
     def commit(self, reserve_id: int, *, ok: bool) -> int:

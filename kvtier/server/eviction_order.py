@@ -24,9 +24,10 @@ DISPLACE_MARGIN = 1.25
 IDLE_SCALE_S = 10.0
 """Unused for so long, KV is worth half. The chance that a program returns in the next moment falls like one over
 the time that it has been away, as gaps have heavy tails; and who waits in a queue for long is last in it."""
-RUNNING_WORTH = 0.1
+RUNNING_WORTH = 0.02
 """Part of its worth that a copy keeps while the program runs: its KV is in GPU memory then, and comes from
-there when it pauses. Not nothing, as copying it again takes the link's time."""
+there when it pauses. Not nothing, as copying it again takes the link's time: some hundredths of what computing
+takes, and beside it."""
 
 
 @dataclass(slots=True)

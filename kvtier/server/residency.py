@@ -34,9 +34,8 @@ EVICTION_STEPS = 8
 
 
 class Shortened(NamedTuple):
-    """A program that has lost the tail of its chain: `n_chunks` are left. `owner` is the engine that staged it last."""
+    """A program that has lost the tail of its chain: `n_chunks` are left."""
 
-    owner: str
     namespace: str
     program: str
     n_chunks: int
@@ -59,8 +58,8 @@ class ResidencyTable:
         # Orphans that are not what was stored and are being read: nobody finds them any more.
         self._doomed: set[tuple[str, bytes]] = set()
         self._order = EvictionOrder(self._programs)
-        # Programs that have lost KV since `take_shortened`.
-        self._shortened: dict[tuple[str, str], str] = {}
+        # Programs that have lost KV since `take_shortened`, by the engine that staged them last.
+        self._shortened: dict[str, dict[tuple[str, str], None]] = {}
         self.evicted_chunks = 0
 
     # -- reading -----------------------------------------------------------------------------------
@@ -193,6 +192,7 @@ class ResidencyTable:
         if record is None:
             return
         self._remove((namespace, program))
+        self._shortens((namespace, program), record.owner)
         for key in reversed(record.keys):
             self._unref((namespace, key))
             if (namespace, key) in self._orphans and not self._locked.get((namespace, key)):
@@ -213,7 +213,7 @@ class ResidencyTable:
                 self._unref((namespace, unreachable))
                 gone[unreachable] = None
             del record.keys[at:]
-            self._shortened[ref] = record.owner
+            self._shortens(ref, record.owner)
             if not record.keys:
                 self._remove(ref)
         for chunk in ((namespace, one) for one in gone):
@@ -234,7 +234,10 @@ class ResidencyTable:
 
     def owner_gone(self, owner: str) -> None:
         """An engine died: release its locks, discard its reservations. Its chains stay for others."""
+        self._shortened.pop(owner, None)
         for name, record in self._programs.items():
+            if record.owner == owner:
+                record.owner = ""
             if record.active_on == owner:
                 record.activity = "paused"
                 self._order.place(name, record.used_s)
@@ -245,13 +248,14 @@ class ResidencyTable:
             res = self._reservations.pop(ref)
             self._store.discard(res.chunks, res.tag)
 
-    def take_shortened(self) -> list[Shortened]:
-        """Programs that have lost KV since the last call, for the engines that count on it."""
-        shortened, self._shortened = self._shortened, {}
-        return [
-            Shortened(owner, namespace, program, self._n_chunks((namespace, program)))
-            for (namespace, program), owner in shortened.items()
-        ]
+    def take_shortened(self, owner: str) -> list[Shortened]:
+        """Programs that an engine has staged last and that have lost KV since it was last told."""
+        refs = self._shortened.pop(owner, {})
+        return [Shortened(*ref, self._n_chunks(ref)) for ref in refs]
+
+    def _shortens(self, ref: tuple[str, str], owner: str) -> None:
+        if owner:
+            self._shortened.setdefault(owner, {})[ref] = None
 
     def _n_chunks(self, ref: tuple[str, str]) -> int:
         record = self._programs.get(ref)
@@ -305,6 +309,9 @@ class ResidencyTable:
         record.density = _density(res.value_s, res.keys, res.slot_bytes, res.ranks)
         record.lease_until_s = now_s + res.lease_s
         record.used_s, record.slot_bytes, record.ranks = now_s, res.slot_bytes, res.ranks
+        if record.owner != owner:
+            # Who had staged it counts on chunks that may be nobody's now.
+            self._shortens((res.namespace, res.program), record.owner)
         record.owner = owner
         self._order.place((res.namespace, res.program), now_s)
 
@@ -412,7 +419,7 @@ class ResidencyTable:
                 # Its memory cannot be had yet: the chain is not made shorter for nothing.
                 break
             record.keys.pop()
-            self._shortened[ref] = record.owner
+            self._shortens(ref, record.owner)
             self._unref(chunk)
             if goes:
                 freed += self._forget(chunk)

@@ -63,7 +63,7 @@ class Answers:
             if isinstance(event, StateChanged):
                 self._tier_changed(event)
             elif isinstance(event, Evicted):
-                self._stager.copies.evicted(event.program, event.resident_chunks)
+                self._stager.copies.evicted(event)
             elif not (self._stager.on_event(event, now_s) or self._prefetcher.on_event(event)):
                 self._reader.on_event(event)
 

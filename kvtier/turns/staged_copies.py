@@ -10,7 +10,7 @@ from kvtier.turns.strands import Strands
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvtier.backend import Activity, TierBackend
+    from kvtier.backend import Activity, Evicted, TierBackend
     from kvtier.chunk_keys import ChunkChain
 
 
@@ -63,11 +63,14 @@ class StagedCopies:
         self._staged[strand] = Staged(chain, n_chunks)
         return max(0, n_chunks - before)
 
-    def evicted(self, strand: str, resident_chunks: int) -> None:
+    def evicted(self, event: Evicted) -> None:
         """The tier has made room, and holds no more than so many chunks of a conversation."""
-        staged = self._staged.get(strand)
-        if staged is not None and resident_chunks < staged.n_chunks:
-            self._staged[strand] = Staged(staged.chain, resident_chunks)
+        staged = self._staged.get(event.program)
+        # Of the same name there may be a copy that other weights have made, and that goes first.
+        if staged is None or event.namespace != self.namespace:
+            return
+        if event.resident_chunks < staged.n_chunks:
+            self._staged[event.program] = Staged(staged.chain, event.resident_chunks)
 
     def correct(self, program: str, chain: ChunkChain, resident_chunks: int) -> None:
         """A lookup of `chain` has seen how much of it is really there.

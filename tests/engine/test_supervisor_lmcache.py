@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
+from kvtier import wire
 from kvtier.server.files import ServerFiles
 from kvtier.supervisor import ServerSpec, ServerStatus, ensure_server, status, stop_all
+from tests.engine.tier_probe import Probe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,3 +97,34 @@ def test_stopping_and_starting_again_at_once_gives_a_new_segment(run_dir: Path) 
         assert os.getpid() in status(run_dir)[0].lease_pids
     stop_all(run_dir)
     assert not (SHM / new.shm_name).exists()
+
+
+def test_engines_are_told_what_had_to_make_room_and_nobody_else_is(run_dir: Path) -> None:
+    """By the server itself, behind its answers; who has been silent is told when it speaks again."""
+    slot_bytes = 1 << 20
+    spec = ServerSpec(
+        chunk_tokens=64,
+        dram_bytes=16 * slot_bytes,
+        server_module="kvtier.server_module",
+        server_module_config_json=json.dumps({"endpoint": f"ipc://{run_dir}/s"}),
+    )
+    with ensure_server(spec, run_dir=run_dir, owner="tests") as lease, ExitStack() as ends:
+        lease.wait_ready(READY_TIMEOUT_S)
+        one, two, bystander = (
+            ends.enter_context(Probe(f"ipc://{run_dir}/s", name))
+            for name in ("one", "two", "bystander")
+        )
+        for probe in (one, two):
+            assert probe.store("program", 6, slot_bytes, value_s=1.0) == 6
+        assert two.store("another", 12, slot_bytes, value_s=1e6) == 12
+        for probe in (one, two, bystander):
+            probe.ask(wire.Status(9))
+        told = {probe.name: probe.evictions for probe in (one, two, bystander)}
+        assert told["bystander"] == []
+        assert told["one"] or told["two"]
+        assert {notice.program for notice in told["one"] + told["two"]} == {"program"}
+        assert {notice.namespace for notice in told["one"]} <= {"one"}
+        assert {notice.namespace for notice in told["two"]} <= {"two"}
+        for probe in (one, two):
+            if probe.evictions:
+                assert probe.resident("program", 6) == probe.evictions[-1].resident_chunks

@@ -576,21 +576,33 @@ def test_what_busy_programs_share_is_counted_once() -> None:
 
 
 def test_a_new_program_needs_room_only_for_what_others_do_not_have() -> None:
-    config = AdmissionConfig(mode="working_set")
-    for starts_with, expected in ((begins, "first_in_order"), (lambda _: (), "working_set_full")):
+    # Nothing is known of growth here, and much is expected.
+    config = AdmissionConfig(mode="working_set", overcommit=3.0)
+    for shared, expected in ((True, "first_in_order"), (False, "working_set_full")):
         admission = controller(config)
         for number, program in enumerate("abc"):
+            starts_with = begins(program) if shared else ()
+            arrived_s = float(number)
             arrive(
                 admission,
                 program,
                 program,
-                float(number),
+                arrived_s,
                 blocks=60,
                 returning=False,
-                starts_with=starts_with(program),
+                starts_with=starts_with,
             )
         admission.on_started("a")
         assert reason(admission, "b") == expected
+
+
+def test_patience_goes_by_contexts_as_if_nothing_were_kept() -> None:
+    for shared in (True, False):
+        admission = controller()
+        for number, program in enumerate("abc"):
+            starts_with = begins(program) if shared else ()
+            arrive(admission, program, program, float(number), blocks=60, starts_with=starts_with)
+        assert admission.busy == (3, 180)
 
 
 def test_arrivals_are_remembered_for_the_last_active_programs() -> None:

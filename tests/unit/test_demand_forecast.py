@@ -19,7 +19,7 @@ from kvtier.demand_forecast import (
     STALE_S,
     DemandForecast,
 )
-from kvtier.shared_blocks import beginning
+from kvtier.shared_blocks import Beginning, beginning
 
 
 def turn(
@@ -60,27 +60,59 @@ def test_where_nothing_is_known_a_program_grows_by_a_part_of_its_prompt() -> Non
     assert forecast.peak_blocks(100, 0.0) == pytest.approx(wanted, rel=1e-6)
 
 
+INSTRUCTIONS = [b"%d" % i for i in range(90)]
+
+
+def begins(program: int, *, alike: bool = True) -> Beginning:
+    """100 blocks, of which programs that are alike share 90."""
+    own = [b"%d %d" % (program, block) for block in range(100)]
+    return beginning([*INSTRUCTIONS, *own[90:]] if alike else own)
+
+
 def test_what_programs_share_is_wanted_once() -> None:
-    instructions = [b"%d" % i for i in range(90)]
     alike: DemandForecast[str] = DemandForecast()
     strangers: DemandForecast[str] = DemandForecast()
     for i in range(10):
-        own = [b"%d %d" % (i, block) for block in range(10)]
-        alike.turn_starts(f"p{i}", 100, 0.0, beginning([*instructions, *own]))
-        strangers.turn_starts(
-            f"p{i}", 100, 0.0, beginning([b"p%d %d" % (i, block) for block in range(100)])
-        )
-    newcomer = beginning([*instructions, b"another"])
-    found = alike.found_blocks(newcomer)
+        alike.turn_starts(f"p{i}", 100, 0.0, begins(i))
+        strangers.turn_starts(f"p{i}", 100, 0.0, begins(i, alike=False))
+    found = alike.repeated_blocks(begins(99))
     assert 80 <= found <= 90
-    assert strangers.found_blocks(newcomer) == 0
-    apart, together = strangers.peak_blocks(100, 0.0), alike.peak_blocks(100 - found, 0.0)
+    assert strangers.repeated_blocks(begins(99)) == 0
+    apart = strangers.peak_blocks(100, 0.0)
+    together = alike.peak_blocks(100, 0.0, repeated_blocks=found)
     # When contexts are largest, half of the programs have ended: five times the instructions, of which one counts.
-    assert together < apart - 3 * found
+    assert together < apart - 2 * found
     assert together > 11 * 10 + found
     for i in range(10):
         alike.program_ends(f"p{i}")
-    assert alike.found_blocks(newcomer) == 0
+    assert alike.repeated_blocks(begins(99)) == 0
+
+
+kinds = st.tuples(st.booleans(), st.sampled_from([0.0, 1.0, 100.0, 10_000.0]))
+
+
+@settings(deadline=None)
+@given(st.lists(kinds, max_size=30), kinds)
+def test_with_one_program_more_no_less_is_wanted(
+    programs: list[tuple[bool, float]], another: tuple[bool, float]
+) -> None:
+    """Whoever has something in common with whom, and however long each is away."""
+    lasting = DemandForecast[str]()._estimate()
+
+    def peak_blocks(programs: list[tuple[bool, float]]) -> float:
+        forecast: DemandForecast[str] = DemandForecast()
+        for number, (alike, gap_s) in enumerate(programs):
+            forecast.turn_starts(str(number), 100, 0.0, begins(number, alike=alike))
+            if gap_s:
+                forecast.turn_ends(str(number), 100, 10.0, goes_on=True, gap_s=gap_s)
+        forecast._turn_s.add(10.0)
+        # How long episodes last, and how much they grow, is not what is asked here.
+        forecast._lasting, forecast._estimated_s = lasting, 10.0
+        forecast._see_what_repeats()
+        repeated_blocks = forecast.repeated_blocks(begins(99))
+        return forecast.peak_blocks(100, 10.0, repeated_blocks=repeated_blocks)
+
+    assert peak_blocks([*programs, another]) >= peak_blocks(programs) * 0.9999
 
 
 def test_who_grows_will_want_more() -> None:

@@ -384,20 +384,36 @@ def test_who_staged_what_had_to_go_is_told_once() -> None:
     tier = Tier(4)
     tier.store("p", "ab", value_s=1.0, owner="one")
     tier.store("q", "cd", value_s=2.0, owner="two")
-    assert tier.table.take_shortened() == []
+    assert (tier.table.take_shortened("one"), tier.table.take_shortened("two")) == ([], [])
     tier.store("r", "x", value_s=50.0, owner="two")
-    assert tier.table.take_shortened() == [("one", NS, "p", 1)]
-    assert tier.table.take_shortened() == []
+    assert tier.table.take_shortened("one") == [(NS, "p", 1)]
+    assert (tier.table.take_shortened("one"), tier.table.take_shortened("two")) == ([], [])
     tier.store("r", "xyz", value_s=50.0, owner="two")
-    assert sorted(tier.table.take_shortened()) == [("one", NS, "p", 0), ("two", NS, "q", 1)]
+    assert tier.table.take_shortened("one") == [(NS, "p", 0)]
+    assert tier.table.take_shortened("two") == [(NS, "q", 1)]
 
 
-def test_whom_a_spoilt_chunk_concerns_is_told() -> None:
+def test_who_counts_on_what_others_change_is_told() -> None:
     tier = Tier(8)
     tier.store("p", "sysA", owner="one")
     tier.store("q", "sysB", owner="two")
     tier.table.spoilt(NS, keys_of("sy")[KEY_BYTES:])
-    assert sorted(tier.table.take_shortened()) == [("one", NS, "p", 1), ("two", NS, "q", 1)]
+    assert tier.table.take_shortened("one") == [(NS, "p", 1)]
+    assert tier.table.take_shortened("two") == [(NS, "q", 1)]
+    tier.store("p", "xy", owner="two")
+    tier.table.drop(NS, "q")
+    assert tier.table.take_shortened("one") == [(NS, "p", 2)]
+    assert tier.table.take_shortened("two") == [(NS, "q", 0)]
+
+
+def test_for_an_engine_that_is_gone_nothing_piles_up() -> None:
+    tier = Tier(4)
+    for program in "pq":
+        tier.store(program, program * 2, value_s=1.0, owner="one")
+    tier.store("r", "x", value_s=50.0, owner="two")
+    tier.table.owner_gone("one")
+    tier.store("r", "xyzw", value_s=50.0, owner="two")
+    assert not tier.table._shortened
 
 
 def test_a_spoilt_chunk_ends_every_chain_that_has_it() -> None:

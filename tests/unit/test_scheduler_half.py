@@ -254,6 +254,25 @@ def test_a_copy_that_had_to_make_room_while_its_program_ran_is_made_again() -> N
     assert failures(engine) == {}
 
 
+def test_what_other_weights_have_left_makes_room_for_itself() -> None:
+    tier = VirtualTier(n_slots=10)
+    engine = MiniEngine(tier=tier)
+    first = turn("r1", prompt(30))
+    engine.run(first)
+    old = engine.half.stager.copies.namespace
+    assert engine.update_weights()
+    second = follow_up(first, "r2")
+    engine.run(second)
+    assert engine.half.stager.copies.namespace != old
+    others = b"".join(bytes([i]) * KEY_BYTES for i in range(4))
+    tier.commit(tier.reserve("ns", "others", others, 0, 4, 1e9, 60.0), ok=True)
+    engine.step()
+    (name,) = (name for namespace, name in tier.table._programs if namespace == old)
+    held = {ns: len(stored.keys) for (ns, _), stored in tier.table._programs.items()}
+    assert held[old] < 4
+    assert engine.half.stager.copies.confirmed_chunks(name) == 5
+
+
 def test_a_turn_that_goes_before_it_starts_is_waited_for_no_longer(
     engine: MiniEngine, tier: VirtualTier
 ) -> None:

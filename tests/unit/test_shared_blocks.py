@@ -43,7 +43,7 @@ def test_what_two_prompts_share_is_found_but_for_a_twelfth(n_blocks: int) -> Non
     assert shared.found_blocks(beginning(right)) == PLACES[len(beginning(right)) - 1]
 
 
-def test_a_prompt_that_goes_on_counts_as_it_is_now() -> None:
+def test_of_a_programs_prompts_the_longest_counts() -> None:
     shared: SharedBlocks[str] = SharedBlocks()
     for name in "ab":
         shared.put(name, beginning(hashes(("s", 10))))
@@ -52,9 +52,12 @@ def test_a_prompt_that_goes_on_counts_as_it_is_now() -> None:
     assert shared.excess_blocks == 10
     shared.put("b", beginning(hashes(("s", 12))))
     assert shared.excess_blocks == 12
-    # Compacted: another text from here on.
+    # A sub-agent's, which begins otherwise.
     shared.put("a", beginning(hashes(("z", 5))))
-    assert shared.excess_blocks == 0
+    assert shared.excess_blocks == shared.repeated_of("a") == 12
+    # Of the same length, or longer: compacted, and gone on with.
+    shared.put("a", beginning(hashes(("z", 40))))
+    assert shared.excess_blocks == shared.repeated_of("b") == 0
     assert len(shared) == 2
 
 
@@ -74,7 +77,8 @@ def test_equals_counting_every_block(
             there.pop(name, None)
             shared.drop(name)
         else:
-            there[name] = prompt
+            if len(beginning(prompt)) >= len(beginning(there.get(name, []))):
+                there[name] = prompt
             shared.put(name, beginning(prompt))
     repeated, distinct = 0, 0.0
     holders = Counter(block_hash for prompt in there.values() for block_hash in prompt)
@@ -84,7 +88,7 @@ def test_equals_counting_every_block(
                 width = place - (PLACES[at - 1] if at else 0)
                 repeated += width
                 distinct += width / holders[prompt[place - 1]]
-    assert shared.repeated_blocks == repeated
+    assert shared.repeated_blocks == repeated == sum(map(shared.repeated_of, there))
     assert shared.distinct_blocks == pytest.approx(distinct)
     best = max((common_blocks(newcomer, prompt) for prompt in there.values()), default=0)
     assert shared.found_blocks(beginning(newcomer)) == max(

@@ -69,7 +69,7 @@ class Rig:
             if isinstance(event, StateChanged):
                 self.stager.forget_all()
             elif isinstance(event, Evicted):
-                self.stager.copies.evicted(event.program, event.resident_chunks)
+                self.stager.copies.evicted(event)
             else:
                 assert self.stager.on_event(event, self.now_s)
 

@@ -162,10 +162,8 @@ class VirtualTier:
             self._answer(OperationFailed(op_id, "l1_full", ""))
         else:
             self._answer(ReserveDone(op_id, self.region.generation, slots))
-        for shortened in self.table.take_shortened():
-            if shortened.owner == self._owner:
-                told = Evicted(shortened.namespace, shortened.program, shortened.n_chunks)
-                self._answer(told)
+        for shortened in self.table.take_shortened(self._owner):
+            self._answer(Evicted(*shortened))
         return op_id
 
     def commit(self, reserve_id: int, *, ok: bool) -> int:
