@@ -101,7 +101,7 @@ class DecayedFit:
 def _solve_definite(matrix: list[list[float]], right: list[float]) -> list[float]:
     """Solve a symmetric positive definite system by elimination, in place.
 
-    For the two to four unknowns here, ten times as fast as numpy's solver.
+    For the two or three unknowns here, ten times as fast as numpy's solver.
     """
     size = len(right)
     for i, row in enumerate(matrix):
