@@ -21,17 +21,17 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 import numpy as np
 
+from kvtier.program_rows import Floats, ProgramRows
 from kvtier.shared_blocks import Beginning, SharedBlocks
 from kvtier.ttl.gaps import kaplan_meier, lognormal_curve
 
 Key = TypeVar("Key", bound=Hashable)
-_Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 _Counts = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 PRIOR_MEDIAN_TURNS: Final = 8.0
@@ -93,65 +93,12 @@ class _Program:
     repeated_blocks: int = 0
 
     def figures(self) -> tuple[float, ...]:
-        """What a forecast reads, see `_Rows`."""
+        """What a forecast reads, see `ProgramRows`."""
         is_active = bool(self.running or self.waiting)
         turns = min(self.turns, MAX_TURNS)
         grown = self.grown_blocks, self.grown_turns
         pause = self.gap_s, self.paused_s
         return (self.context_blocks, turns, *grown, is_active, *pause, self.repeated_blocks)
-
-
-class _Rows(Generic[Key]):
-    """Programs' figures in columns, so that a forecast takes some microseconds and not one for each program.
-
-    A row: context in blocks, turns, blocks grown, in how many turns, 1.0 while it runs or waits, mean pause
-    after its last turn, when that ended, blocks that others have, too.
-    """
-
-    def __init__(self) -> None:
-        self._figures: _Floats = np.zeros((64, 8))
-        self._keys: list[Key] = []
-        self._at: dict[Key, int] = {}
-
-    @property
-    def columns(self) -> _Floats:
-        """Figures, shape (8, programs)."""
-        return self._figures[: len(self._keys)].T
-
-    def of(self, keys: Sequence[Key]) -> _Floats:
-        """Figures of some programs, shape (8, programs)."""
-        found: _Floats = self._figures[[self._at[key] for key in keys]].T
-        return found
-
-    @property
-    def keys(self) -> Sequence[Key]:
-        """The programs, in the order of the columns."""
-        return self._keys
-
-    def __contains__(self, key: Key) -> bool:
-        """Whether the program has a row."""
-        return key in self._at
-
-    def put(self, key: Key, figures: tuple[float, ...]) -> None:
-        """Write a program's row."""
-        at = self._at.get(key)
-        if at is None:
-            at = self._at[key] = len(self._keys)
-            self._keys.append(key)
-            if at == len(self._figures):
-                self._figures = np.concatenate((self._figures, np.zeros_like(self._figures)))
-        self._figures[at] = figures
-
-    def drop(self, key: Key) -> None:
-        """Take a program's row out; the last one takes its place. Harmless where there is none."""
-        at = self._at.pop(key, None)
-        if at is None:
-            return
-        last = self._keys.pop()
-        if last != key:
-            self._figures[at] = self._figures[len(self._keys)]
-            self._keys[at] = last
-            self._at[last] = at
 
 
 class _Mean:
@@ -182,7 +129,7 @@ class DemandForecast(Generic[Key]):
     def __init__(self) -> None:
         self._programs: dict[Key, _Program] = {}
         self._shared: SharedBlocks[Key] = SharedBlocks()
-        self._rows: _Rows[Key] = _Rows()
+        self._rows: ProgramRows[Key] = ProgramRows()
         self._ended_turns: deque[int] = deque(maxlen=WINDOW)
         self._growth_blocks = _Mean()
         self._turn_s = _Mean()
@@ -191,8 +138,8 @@ class DemandForecast(Generic[Key]):
         self._estimated_s = float("-inf")
         self._distinct_blocks = 0
         # What each of many programs will want, their sum, for which limit, and whose change it does not know of.
-        self._terms: dict[Key, _Floats] = {}
-        self._sum: _Floats | None = None
+        self._terms: dict[Key, Floats] = {}
+        self._sum: Floats | None = None
         self._sum_most_blocks = math.inf
         self._changed: dict[Key, None] = {}
 
@@ -324,7 +271,7 @@ class DemandForecast(Generic[Key]):
                 known.repeated_blocks = repeated_blocks
                 self._put(program, known)
 
-    def _wanted_by_all(self, pooled: float, now_s: float, most_blocks: float) -> _Floats:
+    def _wanted_by_all(self, pooled: float, now_s: float, most_blocks: float) -> Floats:
         """What `_wanted_by` says, of all programs together."""
         rows = self._rows
         if len(self._programs) <= EXACT:
@@ -344,8 +291,8 @@ class DemandForecast(Generic[Key]):
         return self._sum
 
     def _wanted_by(
-        self, columns: _Floats, pooled: float, now_s: float, most_blocks: float
-    ) -> _Floats:
+        self, columns: Floats, pooled: float, now_s: float, most_blocks: float
+    ) -> Floats:
         """Blocks that programs want in `AHEAD_TURNS`, and those of them that others have, by how likely they run then.
 
         Shape (programs, 2 x ahead).
@@ -360,17 +307,17 @@ class DemandForecast(Generic[Key]):
         # Gaps have heavy tails: who has been away for long is expected to be away for as long again.
         away_s = np.where(is_active, gap_s, np.maximum(gaps, now_s - paused))
         wanted = self._wanted(contexts, growths, repeated, turns.astype(np.int64), most_blocks)
-        likely: _Floats = _share(turn_s, away_s)[:, None] * wanted
+        likely: Floats = _share(turn_s, away_s)[:, None] * wanted
         return likely
 
     def _wanted(
         self,
-        contexts: _Floats,
-        growths: _Floats,
-        repeated: _Floats,
+        contexts: Floats,
+        growths: Floats,
+        repeated: Floats,
         turns: _Counts,
         most_blocks: float,
-    ) -> _Floats:
+    ) -> Floats:
         """As `_wanted_by`, by how likely they last so long."""
         so_far = turns[:, None]
         lasting = self._lasting[np.minimum(so_far + AHEAD_TURNS, MAX_TURNS)]
@@ -396,7 +343,7 @@ class DemandForecast(Generic[Key]):
         self._terms.clear()
         self._changed.clear()
 
-    def _estimate(self) -> _Floats:
+    def _estimate(self) -> Floats:
         """``S`` of 0 to `MAX_TURNS` turns."""
         under_way = [p.turns for p in self._programs.values() if p.turns]
         curve = kaplan_meier(
@@ -410,15 +357,15 @@ class DemandForecast(Generic[Key]):
         lasting = steps[np.searchsorted(np.array(curve.times), turns, side="right")]
         beyond = turns > curve.last_s
         lasting[beyond] *= (curve.last_s / turns[beyond]) ** curve.tail_alpha
-        floored: _Floats = np.maximum(lasting, _ROUNDING)
+        floored: Floats = np.maximum(lasting, _ROUNDING)
         return floored
 
 
-def _sum(rows: _Floats) -> _Floats:
-    total: _Floats = rows.sum(axis=0)
+def _sum(rows: Floats) -> Floats:
+    total: Floats = rows.sum(axis=0)
     return total
 
 
-def _share(turn_s: float, gaps_s: _Floats) -> _Floats:
+def _share(turn_s: float, gaps_s: Floats) -> Floats:
     """The part of its time in which a program with such turns and gaps runs."""
     return turn_s / (turn_s + gaps_s) if turn_s > 0.0 else np.ones_like(gaps_s)
