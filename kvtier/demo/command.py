@@ -45,7 +45,7 @@ _GIB = 1 << 30
 _MIB = 1 << 20
 _BY_SIZE = "that of the size"
 _WHY_SMALL = (
-    "this CPU does not multiply bfloat16: the demo computes in float32, the small workload (ten to fifteen minutes). "
+    "this CPU does not multiply bfloat16: the demo computes in float32, the small workload (seven to ten minutes). "
     "--size full takes half an hour"
 )
 
@@ -61,7 +61,7 @@ def demo(
     size: Annotated[
         SizeName,
         typer.Option(
-            help="How much work: full is 10 agents of 6 turns and some 2,000 tokens, small of 4 turns and 1,300. "
+            help="How much work: full is 10 agents of 6 turns and some 2,000 tokens, small 8 of 4 turns and 1,200. "
             "auto is full where the engine computes in bfloat16, small on a CPU that does not multiply it."
         ),
     ] = SizeName.AUTO,
@@ -214,6 +214,7 @@ def _workload_config(
         first_prompt_tokens=size.first_prompt_tokens,
         output_tokens=size.output_tokens,
         result_tokens=size.result_tokens,
+        start_interval_s=size.start_interval_s,
     )
 
 

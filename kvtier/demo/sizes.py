@@ -32,13 +32,14 @@ class Size:
     first_prompt_tokens: tuple[int, int]
     output_tokens: tuple[int, int]
     result_tokens: tuple[int, int]
+    start_interval_s: float
 
 
 SIZES: Final = {
     size.name: size
     for size in (
-        Size(SizeName.FULL, 10, 6, 4160, (900, 1500), (20, 40), (80, 240)),
-        Size(SizeName.SMALL, 10, 4, 2240, (600, 1000), (20, 40), (60, 160)),
+        Size(SizeName.FULL, 10, 6, 4160, (900, 1500), (20, 40), (80, 240), 2.0),
+        Size(SizeName.SMALL, 8, 4, 2080, (600, 900), (20, 40), (60, 160), 4.0),
     )
 }
 

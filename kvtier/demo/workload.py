@@ -5,7 +5,7 @@ prompt and a task with source text, then turns of *assistant text with a tool ca
 *tool result*. Prompts and outputs are fixed here, before any engine runs, so every arm
 does the same work; :mod:`kvtier.demo.forced_tokens` makes the engine generate exactly the
 recorded output. Sizes are those of :mod:`kvtier.demo.sizes`; tool times are
-log-normal(0.3, 0.8) seconds, and programs start two seconds apart.
+log-normal(0.3, 0.8) seconds, and programs start seconds apart.
 
 Pure: no engine, no clock, no files; the tokenizer and the source text are passed in.
 """
