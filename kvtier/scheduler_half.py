@@ -286,7 +286,7 @@ class SchedulerHalf(SchedulerParts):
         self.answers.take_noted()
 
     def take_stats(self) -> dict[str, Any]:
-        """What was counted; while turns run, a few times a second: reading the gauges takes time."""
+        """What was counted; while turns run, once a second: reading the gauges takes time."""
         self.report(self._clock())
         return self.stats.take(self._clock()) if self._turns else self.stats.take()
 

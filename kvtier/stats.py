@@ -83,7 +83,7 @@ METRICS: dict[str, Metric] = {
 
 SEPARATOR = "|"
 
-TAKE_INTERVAL_S = 0.25
+TAKE_INTERVAL_S = 1.0
 MAX_SAMPLES = 10_000
 """Most samples of one histogram between two `take`s: an engine may run without anybody taking them."""
 
@@ -130,7 +130,7 @@ class Stats:
         """What has come since the last call; empty when nothing has. Gauges are read here.
 
         Args:
-            busy_at_s: The time, where more calls will follow: only a few a second give something.
+            busy_at_s: The time, where more calls will follow: only one a second gives something.
         """
         if not self._is_due or busy_at_s < self._next_take_s:
             return {}

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 REFIT_EVERY = 8
-"""Samples between two fits: the coefficients change slowly."""
+"""Samples between two fits: where there is one a step, the coefficients change slowly."""
 OUTLIER_RATIO = 2.0
 """One sample counts at most as this many times slower or faster than predicted."""
 DECAY = 0.97
@@ -23,11 +23,20 @@ RIDGE_WEIGHT = 0.1
 
 
 class DecayedFit:
-    """Non-negative decayed least squares of seconds over features; see the module's docstring."""
+    """Non-negative decayed least squares of seconds over features; see the module's docstring.
 
-    def __init__(self, initial: Sequence[float]) -> None:
-        """Start from the coefficients ``initial``, not all zero."""
+    Args:
+        initial: Coefficients to start from, not all zero.
+        decay: Weight of the past after each sample.
+        refit_every: Samples between two fits, once there are more than that.
+    """
+
+    def __init__(
+        self, initial: Sequence[float], *, decay: float = DECAY, refit_every: int = REFIT_EVERY
+    ) -> None:
         size = len(initial)
+        self._decay = decay
+        self._refit_every = refit_every
         self._initial = tuple(initial)
         self.coefficients = tuple(initial)
         # Lists while samples come in: for so few numbers faster than arrays.
@@ -40,24 +49,25 @@ class DecayedFit:
         self._outlier_streak = 0
 
     def observe(self, features: Sequence[float], seconds: float) -> None:
-        """Add one sample; refit for each while there are few, then for every eighth."""
+        """Add one sample; refit for each while there are few, then for every `refit_every`-th."""
         check_seconds(seconds)
         expected_s = max(sumprod(self._initial, features), 1e-9)
         believed_s = self._believe(seconds, max(sumprod(self.coefficients, features), 1e-9))
-        self._scale_weight = DECAY * self._scale_weight + 1.0
-        self._log_scale_sum = DECAY * self._log_scale_sum + math.log(believed_s / expected_s)
-        self._weight = DECAY * self._weight + 1.0
+        decay = self._decay
+        self._scale_weight = decay * self._scale_weight + 1.0
+        self._log_scale_sum = decay * self._log_scale_sum + math.log(believed_s / expected_s)
+        self._weight = decay * self._weight + 1.0
         # Rows are divided by the initial model's time, so that long samples do not dominate and
         # the weights stay comparable when the speed itself changes.
         row = [value / expected_s for value in features]
         ratio = believed_s / expected_s
         for i, left in enumerate(row):
-            self._target[i] = DECAY * self._target[i] + left * ratio
+            self._target[i] = decay * self._target[i] + left * ratio
             sums = self._normal[i]
             for j, right in enumerate(row):
-                sums[j] = DECAY * sums[j] + left * right
+                sums[j] = decay * sums[j] + left * right
         self._unsolved += 1
-        if self._weight < REFIT_EVERY or self._unsolved >= REFIT_EVERY:
+        if self._weight < self._refit_every or self._unsolved >= self._refit_every:
             self._unsolved = 0
             self.coefficients = self._solve()
 

@@ -18,7 +18,9 @@ SIZE_CLASS_BITS = 3
 """Transfers are alike whose sizes have the same number of bits, in steps of so many: a factor of eight."""
 STEADYING_VOTES = 3
 """So many votes in that median are for the model as it is: two transfers that were interrupted hardly move it."""
-OUTLIER = 1.1
+DECAY = 0.9
+"""Weight of the past after each transfer, a window of ten: transfers are few, and the link changes with what runs beside them."""
+OUTLIER = 1.15
 """A transfer counts as no further than this factor from what is typical."""
 
 
@@ -90,7 +92,7 @@ class LinkEstimator:
         """Start from ``initial``; its shape over run sizes is kept, latency and rate are fitted."""
         self._initial = initial
         # Coefficients: latency in s, and slowdown against the initial rate (1 = as calibrated).
-        self._fit = DecayedFit((initial.latency_s, 1.0))
+        self._fit = DecayedFit((initial.latency_s, 1.0), decay=DECAY, refit_every=1)
         self._model = initial
         # Bytes, run bytes and seconds of the last transfers, by size class.
         self._last: dict[int, deque[tuple[int, int, float]]] = {}

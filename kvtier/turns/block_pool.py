@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -251,7 +251,14 @@ def wrap_allocation(
     manager.reset_prefix_cache = reset_prefix_cache
 
 
-def spare_lookups(manager: Any, is_deferred: Callable[[str], bool]) -> None:
+class Defers(Protocol):
+    """The connector, as lookups see it."""
+
+    def defers(self, request_id: str) -> bool:
+        """Whether it will say "not now" next, when it is asked about this request."""
+
+
+def spare_lookups(manager: Any, connector: Defers) -> None:
     """Leave out the prefix cache lookup of a request that will not start in this step anyway.
 
     vLLM looks up what each waiting request would hit before it asks its connector whether the request may start, in
@@ -260,15 +267,14 @@ def spare_lookups(manager: Any, is_deferred: Callable[[str], bool]) -> None:
 
     Args:
         manager: vLLM's KVCacheManager.
-        is_deferred: Called with a request's id before its lookup; where it is true, the connector must answer "not
-            now" next.
+        connector: Asked before each lookup.
     """
     look_up = manager.get_computed_blocks
     nothing: tuple[Any, ...] | None = None
 
     def get_computed_blocks(request: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal nothing
-        if nothing is not None and is_deferred(request.request_id):
+        if nothing is not None and connector.defers(request.request_id):
             return nothing
         found = look_up(request, *args, **kwargs)
         if nothing is None:

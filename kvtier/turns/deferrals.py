@@ -124,11 +124,8 @@ class Deferrals:
         self._view_is_old = True
         self._running = running_requests
         if not self._reasons:
+            self._count_repeated()
             return
-        for reason, times in self._repeated.items():
-            if times:
-                self._stats.count_quietly("deferrals", times, reason)
-                self._repeated[reason] = 0
         if self._passed:
             blocks = self._read_room().most_blocks
             if blocks > self._room_blocks:
@@ -137,6 +134,14 @@ class Deferrals:
         shrunk = self._admission.working_set_blocks < self._working_set_blocks
         if shrunk or not running_requests or now_s >= self._recheck_s:
             self._reasons.clear()
+            self._count_repeated()
+
+    def _count_repeated(self) -> None:
+        """Not in every step: that would take longer than all else that is done in most."""
+        for reason, times in self._repeated.items():
+            if times:
+                self._stats.count_quietly("deferrals", times, reason)
+                self._repeated[reason] = 0
 
     def _memory_became_free(self) -> None:
         for request_id in self._passed:

@@ -148,11 +148,11 @@ class FakeManager:
 def test_a_deferred_request_is_not_looked_up() -> None:
     manager, deferred, asked = FakeManager(), {"b"}, []
 
-    def is_deferred(request_id: str) -> bool:
+    def defers(request_id: str) -> bool:
         asked.append(request_id)
         return request_id in deferred
 
-    spare_lookups(manager, is_deferred)
+    spare_lookups(manager, SimpleNamespace(defers=defers))
     a, b = SimpleNamespace(request_id="a"), SimpleNamespace(request_id="b")
     # Until vLLM has answered once, nobody knows what its answers look like.
     assert manager.get_computed_blocks(b) == ("blocks", 64, 16)
