@@ -192,7 +192,10 @@ def test_each_deferral_is_counted() -> None:
     rig = Rig()
     for step in range(5):
         rig.pass_over(100.0 + 0.02 * step)
-    assert rig.stats.totals == {"deferrals|older_waiting": 10}
+    # Where they end, not in every step.
+    assert rig.stats.totals == {"deferrals|older_waiting": 2}
+    rig.pass_over(100.0 + RECHECK_S)
+    assert rig.stats.totals == {"deferrals|older_waiting": 12}
 
 
 def test_those_not_judged_again_do_not_become_stale() -> None:
