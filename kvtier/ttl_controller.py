@@ -16,6 +16,7 @@ from kvtier.costs.pinned_turn import PinnedTurn
 from kvtier.ttl.announcements import Announcements
 from kvtier.ttl.gaps import GapBook, SurvivalCurve
 from kvtier.ttl.overrides import OverrideTable, joined
+from kvtier.ttl.return_chance import ReturnChance
 from kvtier.ttl.tenant_budgets import TenantBudgets
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class TtlController:
         self.overrides = OverrideTable()
         self.announcements = Announcements()
         self.budgets = TenantBudgets()
+        self.returning = ReturnChance()
         self._fixed_ttl_s = fixed_ttl_s
         self._gaps = GapBook()
         self._reuse = OutputReuse()
@@ -76,6 +78,10 @@ class TtlController:
         For what is compared between programs: a single wrong prediction must not cost another one its KV.
         """
         return self._gaps.curve(tool)
+
+    def return_factor(self, turns: int, now_s: float) -> float:
+        """By how much a return after so many turns is less likely than after any, at most 1."""
+        return self.returning.factor(turns, now_s, self.learnt)
 
     def lease_s(self, tool: str | None, limit_s: float) -> float:
         """For how long the tier is to value KV staged after such a turn, seconds.
@@ -118,7 +124,7 @@ class TtlController:
         data = pin.data
         if not isinstance(data, PinnedTurn):
             return 0.0
-        curve, since_s = self.away(data.tool), pin.pinned_s
+        curve, since_s = self.away(data.tool).thinned(data.return_factor), pin.pinned_s
         if data.announced is not None:
             curve, since_s = data.announced, data.announced_s
         waited_s = max(0.0, now_s - since_s)

@@ -114,6 +114,21 @@ class SurvivalCurve:
             self.age_s + waited_s,
         )
 
+    def thinned(self, chance: float) -> "SurvivalCurve":
+        """Return the curve where only this share of those who would return does; 1 changes nothing.
+
+        The hazard right after the last event is that of the mixture; further on the tail falls a little too fast.
+        """
+        if chance >= 1.0:
+            return self
+        last = 1.0 - chance * (1.0 - self.last_survival)
+        return SurvivalCurve(
+            self.times,
+            tuple(1.0 - chance * (1.0 - value) for value in self.survivals),
+            self.tail_alpha * chance * self.last_survival / last,
+            self.age_s,
+        )
+
     def quantile(self, q: float) -> float:
         """Return the shortest time by which a share ``q`` has returned; inf if that never happens.
 

@@ -67,6 +67,7 @@ class Arrivals:
             known_adapter=is_known,
             arrived_s=now_s,
             predicted_wait_s=self._policy.queue_delay_s(waiting_tokens),
+            index=start.turn_index,
         )
         return turn, start
 
@@ -91,6 +92,7 @@ class Arrivals:
     def _observe_gap(self, gap: ObservedGap, program: str) -> None:
         self._stats.sample("gap_seconds", gap.gap_s)
         self._policy.ttl.observe_gap(gap.tool, gap.gap_s)
+        self._policy.ttl.returning.returned(gap.ended_request_id)
         for pin in self._pins.of_program(program):
             data = pin.data
             if pin.key != gap.ended_request_id or not isinstance(data, PinnedTurn):

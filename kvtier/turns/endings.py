@@ -130,6 +130,7 @@ class Endings:
         self._policy.ttl.announcements.turns_over(turn.program, end.superseded)
         for key in end.superseded:
             self.unpin(key, ReleaseCause.SUPERSEDED)
+            self._policy.ttl.returning.forget(key)
         self.gaps(end.gaps)
         if end.ended:
             self.program_ended(turn.program)
@@ -139,6 +140,7 @@ class Endings:
         """Pauses that nobody watches any more."""
         for gap in gaps:
             self._policy.ttl.observe_censored(gap.tool, gap.waited_s)
+            self._policy.ttl.returning.gone(gap.ended_request_id)
 
     def program_ended(self, program: str) -> None:
         """The client has ended a program: its KV is of no use, in the tier neither."""

@@ -123,6 +123,9 @@ class Pauses:
             staged = self._stager.copies.chunks_of(turn.program, chain) * self._facts.chunk_tokens
         announced = self._policy.ttl.announcements.of(turn.program, turn.request_id)
         curve = announced.curve if announced is not None else None
+        turn.return_factor = self._policy.ttl.return_factor(turn.index + 1, now_s)
+        if not aborted:
+            self._policy.ttl.returning.paused(turn.request_id, turn.index + 1, call.tool, now_s)
         expected_s = (curve or self._policy.ttl.away(call.tool)).quantile(0.5)
         displaceable = self._pins.to_end_for(
             blocks,
@@ -146,6 +149,7 @@ class Pauses:
             budget_left_blocks=self._budget_left(blocks) if displaceable is None else len(blocks),
             hint_ttl_s=hints.ttl_s,
             announced=curve,
+            return_factor=turn.return_factor,
         )
         decision = self._policy.decide_pause(facts)
         pin = decision.action == "pin" and hints.pin is not False and not aborted
@@ -323,6 +327,7 @@ class Pauses:
             miss_unstaged_s=terms.miss_unstaged_s if terms is not None else 0.0,
             miss_staged_s=terms.miss_staged_s if terms is not None else 0.0,
             tenant=tenant_of(turn.request.cache_salt),
+            return_factor=turn.return_factor,
             announced=announced.curve if announced is not None else None,
             announced_s=announced.at_s if announced is not None else 0.0,
         )
@@ -348,6 +353,7 @@ class Pauses:
         saved_s = 0.0
         if decision.terms is not None:
             saved_s = self._policy.staged_value_s(call.tool, decision.stage_tokens)
+            saved_s *= turn.return_factor
         return self._stager.start(
             turn.request_id,
             turn.program,

@@ -24,6 +24,7 @@ class Turn:
         known_adapter: Whether it is known with which weights its KV is computed.
         arrived_s: Monotonic time of arrival.
         predicted_wait_s: Queue delay predicted at arrival, to correct the prediction later.
+        index: Turns of its program that started before it.
         chain: Chunk keys of its prompt, once they were needed.
         asked_s: When the CPU tier was asked for its prompt.
         local_tokens: Prompt tokens found in GPU memory when last asked.
@@ -33,6 +34,7 @@ class Turn:
         counted: Whether its prompt tokens were counted by source.
         uncounted_load_tokens: Prompt tokens whose source depends on how their load ends.
         bypass_tier: A load failed or an answer was late: recompute, do not ask again.
+        return_factor: By how much its program is less likely to return than after other turns, once it is over.
         copy: Name of the tier's copy of its KV, where there was one when it came or started.
     """
 
@@ -43,6 +45,7 @@ class Turn:
     known_adapter: bool
     arrived_s: float
     predicted_wait_s: float
+    index: int = 0
     chain: ChunkChain | None = None
     asked_s: float = 0.0
     local_tokens: int = 0
@@ -52,6 +55,7 @@ class Turn:
     counted: bool = False
     uncounted_load_tokens: int = 0
     bypass_tier: bool = False
+    return_factor: float = 1.0
     copy: str | None = None
 
     @property

@@ -96,11 +96,14 @@ class Rig:
         aborted: bool = False,
         shadow: bool = False,
         waiting: tuple[int, int] = (0, 0),
+        index: int = 0,
     ) -> dict[str, Any] | None:
         n_tokens = n_blocks * BLOCK_TOKENS
         tokens = [hash(key) % 1000 + i for i in range(n_tokens)]
         request = FakeRequest(key, tokens[:-BLOCK_TOKENS], output_token_ids=tokens[-BLOCK_TOKENS:])
-        turn = Turn(request, f"program-{key}", hints or RequestHints(), SEED, tierable, 0.0, 0.0)
+        turn = Turn(
+            request, f"program-{key}", hints or RequestHints(), SEED, tierable, 0.0, 0.0, index
+        )
         taken = self.pool.take(n_blocks)
         assert taken is not None
         blocks = [b.block_id for b in taken]
@@ -129,6 +132,37 @@ class Rig:
 @pytest.fixture
 def rig() -> Rig:
     return Rig()
+
+
+def test_a_program_that_most_likely_ends_here_gets_less(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those before it have come back from their first turn, and never from their second."""
+    values: list[float] = []
+    start = rig.stager.start
+
+    def noted(
+        key: str, program: str, chain: Any, blocks: Any, value_s: float, *rest: Any, **more: Any
+    ) -> bool:
+        values.append(value_s)
+        return start(key, program, chain, blocks, value_s, *rest, **more)
+
+    monkeypatch.setattr(rig.stager, "start", noted)
+    returning = rig.policy.ttl.returning
+    for i in range(8):
+        returning.paused(f"first {i}", 1, "bash", 0.0)
+        returning.returned(f"first {i}")
+        returning.paused(f"second {i}", 2, "bash", 0.0)
+        returning.gone(f"second {i}")
+    rig.end("a", waiting=(3, 3000))
+    rig.end("b", waiting=(3, 3000), index=1)
+    assert values[1] < 0.5 * values[0]
+    pins = [rig.pins.get(key) for key in ("a", "b")]
+    ttls_s = [pin.deadline_s - pin.pinned_s if pin is not None else 0.0 for pin in pins]
+    assert ttls_s[1] < ttls_s[0]
+    regrets = [rig.policy.ttl.regret_s_per_block(pin, 101.0, staged=False) for pin in pins if pin]
+    assert regrets == sorted(regrets, reverse=True)
+    assert len(returning) == 2, "pauses of their own have begun"
 
 
 def test_a_turn_is_pinned_and_staged(rig: Rig) -> None:
