@@ -93,9 +93,10 @@ class LinkEstimator:
         self._initial = initial
         # Coefficients: latency in s, and slowdown against the initial rate (1 = as calibrated).
         self._fit = DecayedFit((initial.latency_s, 1.0), decay=DECAY, refit_every=1)
-        self._model = initial
-        # Bytes, run bytes and seconds of the last transfers, by size class.
-        self._last: dict[int, deque[tuple[int, int, float]]] = {}
+        self._latency_s, self._slowdown = initial.latency_s, 1.0
+        self._model: LinkModel | None = initial
+        # Of the last transfers, by size class: seconds at the initial rate, and those that they took.
+        self._last: dict[int, deque[tuple[float, float]]] = {}
 
     def observe(self, n_bytes: int, run_bytes: int, seconds: float) -> None:
         """Add one finished transfer.
@@ -115,20 +116,22 @@ class LinkEstimator:
         alike = self._last.setdefault(
             n_bytes.bit_length() // SIZE_CLASS_BITS, deque(maxlen=TYPICAL_TRANSFERS)
         )
-        alike.append((n_bytes, run_bytes, seconds))
-        model = self._model
-        ratios = [taken_s / model.seconds(size, run) for size, run, taken_s in alike]
+        at_initial_rate_s = n_bytes / self._initial.bytes_per_s(run_bytes)
+        alike.append((at_initial_rate_s, seconds))
+        latency_s, slowdown = self._latency_s, self._slowdown
+        ratios = [taken_s / (latency_s + slowdown * bytes_s) for bytes_s, taken_s in alike]
         typical = statistics.median([1.0] * STEADYING_VOTES + ratios)
-        typical_s = model.seconds(n_bytes, run_bytes) * typical
+        typical_s = (latency_s + slowdown * at_initial_rate_s) * typical
         seconds = min(max(seconds, typical_s / OUTLIER), typical_s * OUTLIER)
-        self._fit.observe((1.0, n_bytes / self._initial.bytes_per_s(run_bytes)), seconds)
+        self._fit.observe((1.0, at_initial_rate_s), seconds)
         latency_s, slowdown = self._fit.coefficients
-        slowdown = min(max(slowdown, 1.0 / MAX_RATE_CORRECTION), MAX_RATE_CORRECTION)
-        self._model = LinkModel(
-            min(latency_s, MAX_LATENCY_S),
-            tuple((run, rate / slowdown) for run, rate in self._initial.points),
-        )
+        self._latency_s = min(latency_s, MAX_LATENCY_S)
+        self._slowdown = min(max(slowdown, 1.0 / MAX_RATE_CORRECTION), MAX_RATE_CORRECTION)
+        self._model = None
 
     def model(self) -> LinkModel:
         """Return the current model."""
+        if self._model is None:
+            points = tuple((run, rate / self._slowdown) for run, rate in self._initial.points)
+            self._model = LinkModel(self._latency_s, points)
         return self._model
