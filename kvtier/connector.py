@@ -229,20 +229,21 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[int | None, bool]:
         """See `SchedulerHalf.match`. Loads are always asynchronous."""
         # Most questions are about requests that were deferred in the step before.
-        if self._deferred_id == request.request_id or self.defers(request.request_id):
+        if self._deferred_id == request.request_id or self._stands(request.request_id):
             return None, False
         matched: tuple[int | None, bool] = self._match(request, num_computed_tokens)
         return matched
 
-    @_guarded(False)
     def defers(self, request_id: str) -> bool:
         """Whether `get_num_new_matched_tokens`, which comes next, will say "not now" whatever is in GPU memory."""
+        # Not guarded as a whole: where kvtier has given up, what it has said last must not stand.
+        self._deferred_id = request_id if self._stands(request_id) else None
+        return self._deferred_id is not None
+
+    @_guarded(False)
+    def _stands(self, request_id: str) -> bool:
         assert self.scheduler_half is not None
-        self._deferred_id = None
-        if not self.scheduler_half.deferrals.stands(request_id):
-            return False
-        self._deferred_id = request_id
-        return True
+        return self.scheduler_half.deferrals.stands(request_id)
 
     @_guarded((0, False))
     def _match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from kvtier.stats import Stats
 
 RECHECK_S: Final = 0.5
+COUNT_INTERVAL_S: Final = 0.5
+"""Deferrals that stood are counted so often."""
 
 _LASTING: Final = frozenset({"older_waiting", "working_set_full", "lets_pass"})
 """The reasons that do not depend on what is free right now, or only on whether more becomes free."""
@@ -59,7 +61,7 @@ class Deferrals:
         self._passed: dict[str, None] = {}
         self._room_blocks = 0
         self._repeated: dict[str, int] = dict.fromkeys(_LASTING, 0)
-        self._recheck_s = float("-inf")
+        self._recheck_s = self._count_s = float("-inf")
         self._working_set_blocks = 0
         self._running = 0
         self._view_is_old = True
@@ -123,8 +125,10 @@ class Deferrals:
         """A step was scheduled, with so many requests in it or loading."""
         self._view_is_old = True
         self._running = running_requests
-        if not self._reasons:
+        if now_s >= self._count_s:
+            self._count_s = now_s + COUNT_INTERVAL_S
             self._count_repeated()
+        if not self._reasons:
             return
         if self._passed:
             blocks = self._read_room().most_blocks
@@ -134,10 +138,9 @@ class Deferrals:
         shrunk = self._admission.working_set_blocks < self._working_set_blocks
         if shrunk or not running_requests or now_s >= self._recheck_s:
             self._reasons.clear()
-            self._count_repeated()
 
     def _count_repeated(self) -> None:
-        """Not in every step: that would take longer than all else that is done in most."""
+        """Not in every step: it would take longer than all else that is done in most."""
         for reason, times in self._repeated.items():
             if times:
                 self._stats.count_quietly("deferrals", times, reason)

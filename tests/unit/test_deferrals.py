@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvtier.admission import AdmissionController
 from kvtier.admission_facts import AdmissionConfig, AdmissionView
 from kvtier.stats import Stats
-from kvtier.turns.deferrals import RECHECK_S, Deferrals
+from kvtier.turns.deferrals import COUNT_INTERVAL_S, RECHECK_S, Deferrals
 from tests.unit.waiting_loop import Loop, Request, random_config, run_randomly
 
 
@@ -192,10 +192,11 @@ def test_each_deferral_is_counted() -> None:
     rig = Rig()
     for step in range(5):
         rig.pass_over(100.0 + 0.02 * step)
-    # Where they end, not in every step.
+    # Those that stood are counted twice a second, whatever happens to them meanwhile.
     assert rig.stats.totals == {"deferrals|older_waiting": 2}
-    rig.pass_over(100.0 + RECHECK_S)
-    assert rig.stats.totals == {"deferrals|older_waiting": 12}
+    rig.deferrals.started()
+    rig.deferrals.step_ended(100.0 + COUNT_INTERVAL_S, 1)
+    assert rig.stats.totals == {"deferrals|older_waiting": 10}
 
 
 def test_those_not_judged_again_do_not_become_stale() -> None:
