@@ -77,6 +77,8 @@ __all__ = [
     "return_cost_s",
 ]
 
+KEPT_BEYOND_LEASE = 0.1
+"""Chance that the tier still has a copy whose lease has ended: it goes only where others need the room."""
 MIN_OUTPUT_REUSE = 0.1
 """Below this learned probability the output part of a turn is neither pinned nor staged."""
 
@@ -301,7 +303,7 @@ def decide_pause(state: PauseState, survival: SurvivalCurve) -> Decision:
         )
     can_stage = terms.stage_reason is StageReason.STAGED_AT_PAUSE
     retention_s = state.tier_retention_s
-    lost = survival.survival(retention_s)
+    lost = (1.0 - KEPT_BEYOND_LEASE) * survival.survival(retention_s)
     costs = {"drop": terms.miss_unstaged_s}
     plain = _choose(state, terms, survival, terms.miss_unstaged_s)
     fits = terms.keep_blocks <= state.pin_budget_blocks_left

@@ -353,11 +353,7 @@ class DemandForecast(Generic[Key]):
             prior_weight=PRIOR_WEIGHT,
         )
         turns = np.arange(MAX_TURNS + 1, dtype=np.float64)
-        steps = np.array([1.0, *curve.survivals])
-        lasting = steps[np.searchsorted(np.array(curve.times), turns, side="right")]
-        beyond = turns > curve.last_s
-        lasting[beyond] *= (curve.last_s / turns[beyond]) ** curve.tail_alpha
-        floored: Floats = np.maximum(lasting, _ROUNDING)
+        floored: Floats = np.maximum(curve.at(turns), _ROUNDING)
         return floored
 
 

@@ -257,7 +257,7 @@ class Policy:
             store_interference=max(0.01, self._interference),
             load_interference=self._interference,
         )
-        away = pause.announced or self.ttl.away(pause.tool).thinned(pause.return_factor)
+        away = pause.announced or self.ttl.away(pause.tool).thinned(pause.return_share)
         decision = decide_pause(state, away)
         if pause.ttl_limit_s < self.config.max_ttl_s and decision.ttl_s >= pause.ttl_limit_s:
             return replace(decision, reason=HoldReason.TENANT_BUDGET)

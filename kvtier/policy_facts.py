@@ -53,8 +53,7 @@ class PauseFacts:
         override: What an operator says.
         ttl_limit_s: What the tenant's budget allows.
         announced: The distribution of this gap, where the client has announced one.
-        return_factor: By how much a return is less likely than after other turns, see
-            `TtlController.return_factor`; nothing to one that is announced.
+        return_share: See `TtlController.return_share`; of no account where the gap is announced.
     """
 
     now_s: float
@@ -80,4 +79,4 @@ class PauseFacts:
     override: TtlBound | None = None
     ttl_limit_s: float = math.inf
     announced: SurvivalCurve | None = None
-    return_factor: float = 1.0
+    return_share: float = 1.0

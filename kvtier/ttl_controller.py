@@ -79,9 +79,13 @@ class TtlController:
         """
         return self._gaps.curve(tool)
 
-    def return_factor(self, turns: int, now_s: float) -> float:
-        """By how much a return after so many turns is less likely than after any, at most 1."""
-        return self.returning.factor(turns, now_s, self.learnt)
+    def observe_pause(self, program: str, request_id: str, turns: int, now_s: float) -> None:
+        """A program's turn has called a tool, and nobody has said when it comes back; see `ReturnChance`."""
+        self.returning.paused(program, request_id, turns, now_s, self._gaps.pooled())
+
+    def return_share(self, turns: int, now_s: float) -> float:
+        """The chance of a return after so many turns over that of programs in general, at most 1."""
+        return self.returning.share(turns, now_s, self._gaps.pooled())
 
     def lease_s(self, tool: str | None, limit_s: float) -> float:
         """For how long the tier is to value KV staged after such a turn, seconds.
@@ -124,14 +128,15 @@ class TtlController:
         data = pin.data
         if not isinstance(data, PinnedTurn):
             return 0.0
-        curve, since_s = self.away(data.tool).thinned(data.return_factor), pin.pinned_s
+        curve, since_s, share = self.away(data.tool), pin.pinned_s, data.return_share
         if data.announced is not None:
-            curve, since_s = data.announced, data.announced_s
+            curve, since_s, share = data.announced, data.announced_s, 1.0
         waited_s = max(0.0, now_s - since_s)
-        away = curve.survival(waited_s)
+        away = 1.0 - share * (1.0 - curve.survival(waited_s))
         if away <= 0.0:
             return 0.0
-        still_away = curve.survival(max(waited_s, pin.deadline_s - since_s))
+        until_s = max(waited_s, pin.deadline_s - since_s)
+        still_away = 1.0 - share * (1.0 - curve.survival(until_s))
         miss_s = data.miss_staged_s if staged else data.miss_unstaged_s
         return (1.0 - still_away / away) * miss_s / max(1, len(pin.block_ids))
 

@@ -25,7 +25,7 @@ class PinnedTurn:
         miss_unstaged_s: What a return without the GPU copy costs more, seconds, without a staged copy.
         miss_staged_s: The same once the staged prefix is confirmed.
         tenant: vLLM's `cache_salt`, whose budget the pin is charged to.
-        return_factor: By how much a return is less likely than after other turns; nothing to one that is announced.
+        return_share: See `TtlController.return_share`; of no account where the gap is announced.
         announced: The gap that the client has announced, in place of those that were learned.
         announced_s: From when on it counts.
         chain: Chunk keys of its tokens; None where the KV may not leave the GPU.
@@ -41,7 +41,7 @@ class PinnedTurn:
     miss_unstaged_s: float = 0.0
     miss_staged_s: float = 0.0
     tenant: str | None = None
-    return_factor: float = 1.0
+    return_share: float = 1.0
     announced: SurvivalCurve | None = None
     announced_s: float = 0.0
     chain: ChunkChain | None = None

@@ -21,6 +21,8 @@ def tell(sim: Any) -> None:
     """Let a simulation of kvtier know the gaps."""
     sim.tool_of = _tool_of
     sim.half.policy.ttl.away = _away
+    # Nothing is learnt from how many turns a program has had: it is known which is the last one.
+    sim.half.policy.ttl.return_share = lambda *_: 1.0
 
 
 def _tool_of(chain: Chain) -> str | None:

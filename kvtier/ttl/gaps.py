@@ -19,6 +19,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
 MIN_GAP_S = 1e-3
 """Gaps are recorded as at least this long: a millisecond is below what a server can tell apart."""
 TAIL_ALPHA = 1.0
@@ -35,6 +37,8 @@ PRIOR_SAMPLES = 16
 """Pseudo-observations (quantiles) that represent a prior curve; they share its weight."""
 # Survivals are products of fractions: differences below this are rounding.
 _ROUNDING = 1e-12
+# Beyond, exp is no number any more.
+_MOST_EXPONENT = 700.0
 # Survival levels at which a long curve keeps a step.
 _LEVELS = np.concatenate([np.linspace(1.0, 0.1, 48), np.geomspace(0.08, 1e-4, 20)])
 
@@ -82,6 +86,16 @@ class SurvivalCurve:
         i = bisect_right(self.times, t_s)
         return self.survivals[i - 1] if i else 1.0
 
+    def at(self, times_s: Floats) -> Floats:
+        """Return P(gap > t_s) for each of these times."""
+        steps = np.array([1.0, *self.survivals])
+        survivals: Floats = steps[np.searchsorted(np.array(self.times), times_s, side="right")]
+        start_s = self.last_s + self.age_s
+        beyond = times_s > self.last_s
+        if start_s > 0.0 and beyond.any():
+            survivals[beyond] *= (start_s / (times_s[beyond] + self.age_s)) ** self.tail_alpha
+        return survivals
+
     def hazard(self, t_s: float) -> float:
         """Return the rate of return at ``t_s`` given no return before, in 1/s.
 
@@ -117,7 +131,7 @@ class SurvivalCurve:
     def thinned(self, chance: float) -> "SurvivalCurve":
         """Return the curve where only this share of those who would return does; 1 changes nothing.
 
-        The hazard right after the last event is that of the mixture; further on the tail falls a little too fast.
+        The hazard right after the last event is that of the mixture; further on the tail falls too fast where many are left.
         """
         if chance >= 1.0:
             return self
@@ -147,7 +161,8 @@ class SurvivalCurve:
         start_s = self.last_s + self.age_s
         if left <= 0.0 or self.tail_alpha <= 0.0 or start_s <= 0.0:
             return math.inf
-        return float(start_s * (self.last_survival / left) ** (1.0 / self.tail_alpha) - self.age_s)
+        exponent = math.log(self.last_survival / left) / self.tail_alpha
+        return start_s * math.exp(exponent) - self.age_s if exponent < _MOST_EXPONENT else math.inf
 
     def mean_restricted(self, horizon_s: float) -> float:
         """Return the mean of min(gap, horizon_s), seconds: the integral of S up to the horizon."""
@@ -317,8 +332,12 @@ class GapBook:
             return self._turns.curve(TURN_PRIOR, 8.0)
         window = self._tools.get(_key(tool))
         if window is None or window.n_events < self._min_tool_events:
-            return self._pool.curve(TOOL_PRIOR, 8.0)
-        return window.curve(self._pool.curve(TOOL_PRIOR, 8.0), 4.0)
+            return self.pooled()
+        return window.curve(self.pooled(), 4.0)
+
+    def pooled(self) -> SurvivalCurve:
+        """Return the curve of gaps after all tools together."""
+        return self._pool.curve(TOOL_PRIOR, 8.0)
 
     @property
     def n_tools(self) -> int:

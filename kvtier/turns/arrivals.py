@@ -92,7 +92,7 @@ class Arrivals:
     def _observe_gap(self, gap: ObservedGap, program: str) -> None:
         self._stats.sample("gap_seconds", gap.gap_s)
         self._policy.ttl.observe_gap(gap.tool, gap.gap_s)
-        self._policy.ttl.returning.returned(gap.ended_request_id)
+        self._policy.ttl.returning.returned(program, gap.ended_request_id)
         for pin in self._pins.of_program(program):
             data = pin.data
             if pin.key != gap.ended_request_id or not isinstance(data, PinnedTurn):

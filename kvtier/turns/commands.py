@@ -142,6 +142,9 @@ class Commands:
         announcement = Announcement(tool, now_s - waited_s, curve)
         turns = view.active_requests or view.finished_requests
         self._policy.ttl.announcements.announce(program, turns, announcement)
+        if curve is not None:
+            # Who says how long it stays away tells nothing of those who do not.
+            self._policy.ttl.returning.forget(program, turns)
         if view.active_requests:
             return Result("accepted", "at_turn_end", "counts when the program's turn has ended")
         self._programs.name_tool(view.program, tool)

@@ -130,7 +130,7 @@ class Endings:
         self._policy.ttl.announcements.turns_over(turn.program, end.superseded)
         for key in end.superseded:
             self.unpin(key, ReleaseCause.SUPERSEDED)
-            self._policy.ttl.returning.forget(key)
+        self._policy.ttl.returning.forget(turn.program, end.superseded)
         self.gaps(end.gaps)
         if end.ended:
             self.program_ended(turn.program)
@@ -140,7 +140,6 @@ class Endings:
         """Pauses that nobody watches any more."""
         for gap in gaps:
             self._policy.ttl.observe_censored(gap.tool, gap.waited_s)
-            self._policy.ttl.returning.gone(gap.ended_request_id)
 
     def program_ended(self, program: str) -> None:
         """The client has ended a program: its KV is of no use, in the tier neither."""
@@ -153,7 +152,10 @@ class Endings:
     def program_gone(self, gone: ProgramGone) -> None:
         """The program table has forgotten a program."""
         self.gaps(gone.gaps)
-        self._forget(self._facts.program_handle(gone.program))
+        program = self._facts.program_handle(gone.program)
+        for gap in gone.gaps:
+            self._policy.ttl.returning.gone(program, gap.ended_request_id)
+        self._forget(program)
 
     def _forget(self, program: str) -> None:
         self._admission.on_program_ended(program)
@@ -162,4 +164,5 @@ class Endings:
         self._stager.forget(program)
         self._prefetcher.forget(program)
         self._policy.ttl.announcements.forget(program)
+        self._policy.ttl.returning.forget_program(program)
         self._happenings.program_gone(program)

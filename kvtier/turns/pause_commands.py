@@ -127,7 +127,8 @@ class PauseCommands:
         )
         tokens = len(chain) * self._facts.chunk_tokens
         staged = self._stager.copies.chunks_of(pin.program, chain) * self._facts.chunk_tokens
-        value_s = self._policy.staged_value_s(tool, tokens)
+        share = data.return_share if data.announced is None else 1.0
+        value_s = self._policy.staged_value_s(tool, tokens) * share
         lease_s = self._policy.lease_s(tool)
         if self._stager.is_staging(pin.key) or not self._stager.start(
             pin.key, pin.program, chain, pin.block_ids, value_s, lease_s

@@ -123,9 +123,10 @@ class Pauses:
             staged = self._stager.copies.chunks_of(turn.program, chain) * self._facts.chunk_tokens
         announced = self._policy.ttl.announcements.of(turn.program, turn.request_id)
         curve = announced.curve if announced is not None else None
-        turn.return_factor = self._policy.ttl.return_factor(turn.index + 1, now_s)
-        if not aborted:
-            self._policy.ttl.returning.paused(turn.request_id, turn.index + 1, call.tool, now_s)
+        if call.kind == "tool" and curve is None:
+            turn.return_share = self._policy.ttl.return_share(turn.index + 1, now_s)
+            if not aborted:
+                self._policy.ttl.observe_pause(turn.program, turn.request_id, turn.index + 1, now_s)
         expected_s = (curve or self._policy.ttl.away(call.tool)).quantile(0.5)
         displaceable = self._pins.to_end_for(
             blocks,
@@ -149,7 +150,7 @@ class Pauses:
             budget_left_blocks=self._budget_left(blocks) if displaceable is None else len(blocks),
             hint_ttl_s=hints.ttl_s,
             announced=curve,
-            return_factor=turn.return_factor,
+            return_share=turn.return_share,
         )
         decision = self._policy.decide_pause(facts)
         pin = decision.action == "pin" and hints.pin is not False and not aborted
@@ -214,6 +215,7 @@ class Pauses:
                 budget_left_blocks=len(pin.block_ids),
                 hint_ttl_s=None,
                 announced=announcement.curve,
+                return_share=data.return_share,
             )
         )
         if data.asked_until_s > now_s:
@@ -327,7 +329,7 @@ class Pauses:
             miss_unstaged_s=terms.miss_unstaged_s if terms is not None else 0.0,
             miss_staged_s=terms.miss_staged_s if terms is not None else 0.0,
             tenant=tenant_of(turn.request.cache_salt),
-            return_factor=turn.return_factor,
+            return_share=turn.return_share,
             announced=announced.curve if announced is not None else None,
             announced_s=announced.at_s if announced is not None else 0.0,
         )
@@ -353,7 +355,7 @@ class Pauses:
         saved_s = 0.0
         if decision.terms is not None:
             saved_s = self._policy.staged_value_s(call.tool, decision.stage_tokens)
-            saved_s *= turn.return_factor
+            saved_s *= turn.return_share
         return self._stager.start(
             turn.request_id,
             turn.program,
@@ -380,6 +382,7 @@ class Pauses:
             "stage": staging,
             "pinned": pinned_blocks > 0,
             "staged_tokens": staged_tokens,
+            "return_share": round(turn.return_share, 3),
             "decision_us": round((self._clock() - since_s) * 1e6, 1),
         }
         self._log.write("pause", turn.program, turn.request_id, entry)

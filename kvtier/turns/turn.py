@@ -34,7 +34,7 @@ class Turn:
         counted: Whether its prompt tokens were counted by source.
         uncounted_load_tokens: Prompt tokens whose source depends on how their load ends.
         bypass_tier: A load failed or an answer was late: recompute, do not ask again.
-        return_factor: By how much its program is less likely to return than after other turns, once it is over.
+        return_share: See `TtlController.return_share`, when it was over.
         copy: Name of the tier's copy of its KV, where there was one when it came or started.
     """
 
@@ -55,7 +55,7 @@ class Turn:
     counted: bool = False
     uncounted_load_tokens: int = 0
     bypass_tier: bool = False
-    return_factor: float = 1.0
+    return_share: float = 1.0
     copy: str | None = None
 
     @property

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from kvtier.backend import NoTier, TierBackend
@@ -17,6 +19,7 @@ from kvtier.policy import Policy
 from kvtier.policy_facts import PolicyConfig
 from kvtier.stats import Stats
 from kvtier.tools.detection import ToolCall
+from kvtier.ttl.announcements import announced_curve
 from kvtier.turns.block_pool import VllmBlockPool
 from kvtier.turns.decision_log import DecisionLog
 from kvtier.turns.happenings import Happenings
@@ -148,21 +151,34 @@ def test_a_program_that_most_likely_ends_here_gets_less(
         return start(key, program, chain, blocks, value_s, *rest, **more)
 
     monkeypatch.setattr(rig.stager, "start", noted)
-    returning = rig.policy.ttl.returning
+    ttl = rig.policy.ttl
     for i in range(8):
-        returning.paused(f"first {i}", 1, "bash", 0.0)
-        returning.returned(f"first {i}")
-        returning.paused(f"second {i}", 2, "bash", 0.0)
-        returning.gone(f"second {i}")
+        for turns in (1, 2):
+            ttl.observe_pause(f"p{i}", f"r{turns}", turns, 0.0)
+        ttl.returning.returned(f"p{i}", "r1")
+        ttl.returning.gone(f"p{i}", "r2")
     rig.end("a", waiting=(3, 3000))
     rig.end("b", waiting=(3, 3000), index=1)
     assert values[1] < 0.5 * values[0]
     pins = [rig.pins.get(key) for key in ("a", "b")]
     ttls_s = [pin.deadline_s - pin.pinned_s if pin is not None else 0.0 for pin in pins]
     assert ttls_s[1] < ttls_s[0]
-    regrets = [rig.policy.ttl.regret_s_per_block(pin, 101.0, staged=False) for pin in pins if pin]
-    assert regrets == sorted(regrets, reverse=True)
-    assert len(returning) == 2, "pauses of their own have begun"
+    assert len(ttl.returning) == 2, "pauses of their own have begun"
+
+
+def test_who_most_likely_ends_is_missed_less() -> None:
+    ttl = Rig().policy.ttl
+    data = PinnedTurn("bash", 64, 2, 5.0, miss_unstaged_s=1.0)
+
+    def regret_s(data: PinnedTurn) -> float:
+        pin = Pin("r", "p", np.arange(4), 100.0, 160.0, data)
+        return ttl.regret_s_per_block(pin, 101.0, staged=False)
+
+    less_likely = replace(data, return_share=0.2)
+    assert regret_s(less_likely) < 0.5 * regret_s(data)
+    announced = announced_curve(5.0, 10.0)
+    told = replace(data, announced=announced, announced_s=100.0)
+    assert regret_s(replace(told, return_share=0.2)) == regret_s(told)
 
 
 def test_a_turn_is_pinned_and_staged(rig: Rig) -> None:
