@@ -280,6 +280,8 @@ class SchedulerParts:
         self, program: str, now_s: float, ttl_s: float | None = None
     ) -> tuple[str, str, str]:
         """A paused program is about to come back: load its KV. See `Prefetcher.start`."""
+        # An idle engine ends no pin in time, and what is over must not be lengthened.
+        self.endings.note(*self.pins.expire(now_s))
         return self.prefetcher.start(program, now_s, Wish(ttl_s))
 
     def _measure_when_idle(self) -> None:

@@ -273,6 +273,8 @@ _WINDOWS: Final[dict[str, int]] = {
     ".policy.store_link": 64 + 8 * 64,
     ".policy.ttl._gaps": 4096,
     ".policy.ttl._reuse": 64,
+    # Two counts for each number of turns; the pauses themselves are in `_turns` too.
+    ".policy.ttl.returning._seen": 64,
     # What the operator has set.
     "._charges._budgets": len(TENANTS),
     ".policy.ttl.overrides": 4,

@@ -393,3 +393,19 @@ TestSchedulerHalfMachine.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
+
+
+def test_a_pin_that_is_over_is_not_lengthened() -> None:
+    """An idle engine ends no pin in time: one whose tenant had 10 byte-seconds left was then kept on for 8 s."""
+    machine = SchedulerHalfMachine()
+    machine.start(n_blocks=16, n_slots=4, ranks=1, budget=0.3, window_chunks=1, byte_seconds=20_000)
+    machine.turn(program="a", n_new=1, n_output=2, fresh=False, n_steps=0, named=False, hints=None)
+    machine.engine.run()
+    half = machine.engine.half
+    (pin,) = half.pins.pins()
+    assert half.policy.ttl.budgets.left(None, machine.engine.now_s) < 100.0
+    machine.wait(seconds=8.0)
+    assert pin.deadline_s < machine.engine.now_s
+    half.prefetch(pin.program, machine.engine.now_s)
+    machine.engine.step()
+    machine.tenants_pay_for_their_pins()
