@@ -140,7 +140,7 @@ class Deferrals:
             self._reasons.clear()
 
     def _count_repeated(self) -> None:
-        """Not in every step: it would take longer than all else that is done in most."""
+        """Not in every step, most of which do little else."""
         for reason, times in self._repeated.items():
             if times:
                 self._stats.count_quietly("deferrals", times, reason)
