@@ -17,7 +17,7 @@ TYPICAL_TRANSFERS = 15
 SIZE_CLASS_BITS = 3
 """Transfers are alike whose sizes have the same number of bits, in steps of so many: a factor of eight."""
 STEADYING_VOTES = 3
-"""So many votes in that median are for the model as it is: two transfers that were interrupted hardly move it."""
+"""So many votes in that median are for the model as it is: two transfers that were interrupted move it by a quarter at most."""
 DECAY = 0.9
 """Weight of the past after each transfer, a window of ten: transfers are few, and the link changes with what runs beside them."""
 OUTLIER = 1.15
