@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from kvtier.copies.plan import PIN_PIECE_BYTES
+from kvtier.copies.populate import Populating
 from kvtier.copy_engine import INLINE_BYTES, CopyEngine, CpuCopyEngine, rejected
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class SharedRegion:
         self._mapping = mapping
         self._array: NDArray[np.uint8] | None = np.frombuffer(mapping, dtype=np.uint8)
         self._pinned: list[int] = []
+        self._populating: Populating | None = None
 
     @classmethod
     def open(cls, shm_name: str, size_bytes: int) -> SharedRegion:
@@ -143,6 +145,12 @@ class SharedRegion:
             self._pinned.append(self.address + offset)
         return True
 
+    def populate(self) -> Populating:
+        """Have its pages mapped, beside whatever goes on, so that copies need not wait for each. `close` ends it."""
+        if self._populating is None:
+            self._populating = Populating(self.address, self.size_bytes)
+        return self._populating
+
     def close(self) -> None:
         """Unmap. Repeated calls do nothing.
 
@@ -152,6 +160,8 @@ class SharedRegion:
         """
         if self._array is None:
             return
+        if self._populating is not None:
+            self._populating.stop()
         self._unpin()
         array, self._array = self._array, None
         address = array.ctypes.data
@@ -205,16 +215,18 @@ def _memlock_limit() -> str:
 def default_engine(
     layout: KVLayout, region: SharedRegion, switch: Switch | None = None
 ) -> CopyEngine:
-    """Return the copy engine for the KV cache's device; pins the region for CUDA.
+    """Return the copy engine for the KV cache's device; pins the region for CUDA, or has its pages mapped.
 
     ``switch`` chooses between the GPU's ways to copy.
     """
     if layout.device.type == "cpu":
+        region.populate()
         return CpuCopyEngine(layout, region.array, inline_bytes=INLINE_BYTES)
     if layout.device.type == "cuda":
         from kvtier.copies.cuda import CudaCopyEngine  # noqa: PLC0415 - only where CUDA is
 
-        region.pin()
+        if not region.pin():
+            region.populate()
         return CudaCopyEngine(layout, region.tensor, switch=switch)
     msg = f"kvtier cannot copy a KV cache on {layout.device}"
     raise ValueError(msg)
