@@ -61,8 +61,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PROFILE_VERSION: Final = 1
-COPY_REVISION: Final = 3
-"""Of the copy engine: what an older one measured says nothing of this one."""
+COPY_REVISION: Final = 4
+"""Of the copy engine and its measurement: what an older one found says nothing of this one."""
 MAX_AGE: Final = dt.timedelta(days=30)
 _DRIVER_FILE: Final = Path("/proc/driver/nvidia/version")
 

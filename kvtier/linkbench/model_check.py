@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -87,10 +86,9 @@ def check_model(plan: Plan) -> ModelCheck:
                     times = []
                     for _ in range(plan.rounds + 1):
                         copy = path.prepare([Transfer("load", next(tables), 0)])
-                        started_s = time.perf_counter()
                         copy.start()
                         copy.wait()
-                        times.append(time.perf_counter() - started_s)
+                        times.append(copy.moving_s)
                     measured[size, blocks, layout, run] = statistics.median(times[1:])
         finally:
             path.close()
@@ -110,7 +108,7 @@ def check_model(plan: Plan) -> ModelCheck:
 
 
 def _load_model(plan: Plan, ways: Ways | None) -> LinkModel:
-    """The link model that an engine would start from."""
+    """The link model that an engine would start from; on a CPU of an idle machine, as this one is."""
     if ways is None:
-        return measure_link(plan.device)["load"].model()
+        return measure_link(plan.device, beside_reader=False)["load"].model()
     return fastest(ways.movers)["load"].model()

@@ -38,9 +38,11 @@ class Copy(Protocol):
 
     Attributes:
         issue_s: after `wait`: what other threads than the caller's took to submit.
+        moving_s: after `wait`: in which bytes moved, by the engine's own report; 0 if none is given.
     """
 
     issue_s: float
+    moving_s: float
 
     def start(self) -> None:
         """Submit; returns when the caller is free for other work."""
@@ -88,7 +90,7 @@ class Streams:
 class Calls:
     """A `Copy` of one function for each transfer, in stream order."""
 
-    issue_s = 0.0
+    issue_s = moving_s = 0.0
 
     def __init__(self, calls: Sequence[tuple[Direction, Callable[[], None]]], to: Streams) -> None:
         """Keep what is to be called."""
@@ -179,7 +181,7 @@ class _EngineCopy:
     def __init__(self, engine: CopyEngine, orders: list[CopyOrder]) -> None:
         self._engine = engine
         self._orders = orders
-        self.issue_s = 0.0
+        self.issue_s = self.moving_s = 0.0
 
     def start(self) -> None:
         for order in self._orders:
@@ -192,6 +194,7 @@ class _EngineCopy:
         if not done or failed or len(results) != len(self._orders):
             raise PathError(failed[0] if failed else f"no result within {_TIMEOUT_S:g} s")
         self.issue_s = sum(result.issue_s for result in results)
+        self.moving_s = sum(result.seconds for result in results)
 
 
 class TorchPerBlock:

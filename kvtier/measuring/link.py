@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +18,7 @@ from kvtier.copies.switch import MOVERS, Mover, Switch, always
 from kvtier.copy_engine import INLINE_BYTES, CopyEngine, CopyOrder, CpuCopyEngine, Direction
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 RUN_SIZES_BYTES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
 SCRATCH_BYTES = 128 << 20
 """Per side: well beyond the caches that cores share, so that memory is measured."""
+READER_NAME = "kvtier-reader"
 _LATENCY_BYTES = 2 * INLINE_BYTES
 _ORDER_TIMEOUT_S = 10.0
 _MAX_ROUNDS = 32
@@ -38,7 +42,7 @@ class CalibrationError(RuntimeError):
 
 @dataclass(frozen=True)
 class LinkMeasurement:
-    """One direction: ``latency_s`` of an order, and ``(run bytes, bytes/s)`` by run size."""
+    """One direction: ``latency_s``, the fixed part of an order's own time, and ``(run bytes, bytes/s)`` by run size."""
 
     latency_s: float
     points: tuple[tuple[int, float], ...]
@@ -123,14 +127,16 @@ def measure_link(
     run_sizes_bytes: Sequence[int] = RUN_SIZES_BYTES,
     scratch_bytes: int = SCRATCH_BYTES,
     budget_s: float = 0.6,
+    beside_reader: bool = True,
     engine_factory: Callable[[KVLayout, NDArray[np.uint8]], CopyEngine] | None = None,
 ) -> dict[Direction, LinkMeasurement]:
     """Copy scratch memory through the copy engine, both ways, with runs of several sizes.
 
     Live KV is not touched: the blocks are scratch memory on ``device`` of one run each, in random
-    order. The latency is the median time from submission to completion of a small order, less the
-    time its bytes took. The rate is the median over rounds of the bytes over the time from
-    submission to completion, less the latency: what a request waits for.
+    order. Times are those that the engine itself reports of its orders, in which bytes move: so an
+    estimator that goes on with the orders of a service compares like with like. The rate is the median
+    over rounds of bytes over time; the latency what small orders take longer than their bytes would at
+    that rate.
 
     Args:
         device: where the KV cache lies, ``"cpu"`` or a CUDA device.
@@ -138,6 +144,8 @@ def measure_link(
         scratch_bytes: memory used on each side, at least one block.
         budget_s: for all sizes and directions together, start-up and first touch excluded.
             Every size is measured at least three times each way, whatever it takes.
+        beside_reader: on a CPU with several cores one of them reads memory in the meantime, as an engine
+            does while it computes: copies share the memory with it.
         engine_factory: builds the engine over a layout and slots; default by device.
 
     Raises:
@@ -158,25 +166,50 @@ def measure_link(
     points: dict[Direction, list[tuple[int, float]]] = {"store": [], "load": []}
     latency_s: dict[Direction, float] = {}
     directions: tuple[Direction, ...] = ("store", "load")
-    for size in sizes:
-        n_blocks = scratch_bytes // size
-        layout = KVLayout.from_kv_caches({"scratch": kv[: n_blocks * size].view(n_blocks, size)})
-        engine = engine_factory(layout, region)
-        try:
-            for direction in directions:
-                if size == sizes[0]:
-                    latency_s[direction] = _latency_s(engine, direction, n_blocks, size)
-                rate = _rate(engine, direction, n_blocks, size, share_s, latency_s[direction])
-                points[direction].append((size, rate))
-        finally:
-            engine.close()
+    with _reader() if beside_reader and device.type == "cpu" else contextlib.nullcontext():
+        for size in sizes:
+            n_blocks = scratch_bytes // size
+            layout = KVLayout.from_kv_caches(
+                {"scratch": kv[: n_blocks * size].view(n_blocks, size)}
+            )
+            engine = engine_factory(layout, region)
+            try:
+                for direction in directions:
+                    rate = _rate(engine, direction, n_blocks, size, share_s)
+                    points[direction].append((size, rate))
+                    if size == sizes[0]:
+                        latency_s[direction] = _latency_s(engine, direction, n_blocks, size, rate)
+            finally:
+                engine.close()
     return {d: LinkMeasurement(latency_s[d], tuple(points[d])) for d in directions}
 
 
-def _timed(
-    engine: CopyEngine, direction: Direction, ids: NDArray[np.int64], size: int
-) -> tuple[float, float]:
-    """Copy blocks of ``size`` bytes; seconds of copying, seconds from submission to the end."""
+@contextlib.contextmanager
+def _reader() -> Iterator[None]:
+    """Have another core read more memory than caches hold, over and over."""
+    if len(os.sched_getaffinity(0)) == 1:
+        yield
+        return
+    data = np.ones(SCRATCH_BYTES // 8)
+    reading, stopped = threading.Event(), threading.Event()
+
+    def read() -> None:
+        while not stopped.is_set():
+            data.sum()
+            reading.set()
+
+    thread = threading.Thread(target=read, name=READER_NAME, daemon=True)
+    thread.start()
+    try:
+        reading.wait()
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _timed(engine: CopyEngine, direction: Direction, ids: NDArray[np.int64], size: int) -> float:
+    """Copy blocks of ``size`` bytes; seconds in which bytes moved."""
     order = CopyOrder(
         order_id="calibration",
         direction=direction,
@@ -185,32 +218,27 @@ def _timed(
         slots=(np.arange(len(ids)) * size).tolist(),
         chunk_blocks=1,
     )
-    started_s = time.perf_counter()
     engine.submit(order, time.monotonic())
     drained = engine.drain(_ORDER_TIMEOUT_S)
-    elapsed_s = time.perf_counter() - started_s
     results = engine.poll()
     if not drained or len(results) != 1 or not results[0].ok:
         msg = f"calibration copy failed: {results[0].error if results else 'no result'}"
         raise CalibrationError(msg)
-    return results[0].seconds, elapsed_s
+    return max(results[0].seconds, 1e-9)
 
 
-def _latency_s(engine: CopyEngine, direction: Direction, n_blocks: int, size: int) -> float:
+def _latency_s(
+    engine: CopyEngine, direction: Direction, n_blocks: int, size: int, bytes_per_s: float
+) -> float:
     # Not of a copy so small that it is made at once.
     count = max(1, min(n_blocks, _LATENCY_BYTES // size))
     ids = np.random.default_rng(0).permutation(n_blocks)[:count].astype(np.int64)
-    times = [_timed(engine, direction, ids, size) for _ in range(_MAX_ROUNDS)]
-    return statistics.median(max(elapsed - seconds, 0.0) for seconds, elapsed in times)
+    seconds = statistics.median(_timed(engine, direction, ids, size) for _ in range(_MAX_ROUNDS))
+    return max(seconds - count * size / bytes_per_s, 0.0)
 
 
 def _rate(
-    engine: CopyEngine,
-    direction: Direction,
-    n_blocks: int,
-    size: int,
-    share_s: float,
-    latency_s: float,
+    engine: CopyEngine, direction: Direction, n_blocks: int, size: int, share_s: float
 ) -> float:
     """Bytes/s over all blocks in random order; the first round only touches the memory."""
     ids = np.random.default_rng(0).permutation(n_blocks).astype(np.int64)
@@ -220,6 +248,5 @@ def _rate(
     while len(rates) < _MIN_ROUNDS or (
         len(rates) < _MAX_ROUNDS and time.perf_counter() < deadline_s
     ):
-        seconds, elapsed_s = _timed(engine, direction, ids, size)
-        rates.append(n_blocks * size / max(elapsed_s - latency_s, seconds, 1e-9))
+        rates.append(n_blocks * size / _timed(engine, direction, ids, size))
     return statistics.median(rates)

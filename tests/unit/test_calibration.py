@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+import os
 import socket
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +33,14 @@ from kvtier.calibration import (
 )
 from kvtier.copies.kv_layout import KVLayout
 from kvtier.copy_engine import CpuCopyEngine
+from kvtier.measuring.link import READER_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from kvtier.copy_engine import CopyEngine, CopyOrder
+    from kvtier.copy_engine import CopyEngine, CopyOrder, CopyResult
 
 
 CPU = torch.device("cpu")
@@ -79,6 +82,52 @@ def test_measure_link_has_a_rate_for_each_size_both_ways() -> None:
     assert all(sorted(o.block_ids) == list(range(256)) for o in full)
     # Scattered, or blocks would merge into longer runs than the size they are booked under.
     assert sum(np.diff(full[0].block_ids) == 1) < 16
+
+
+@pytest.mark.parametrize(
+    ("cores", "beside_reader", "reads"), [(2, True, True), (1, True, False), (2, False, False)]
+)
+def test_another_core_reads_memory_while_a_cpu_is_measured(
+    monkeypatch: pytest.MonkeyPatch, cores: int, beside_reader: bool, reads: bool
+) -> None:
+    found: set[bool] = set()
+
+    def reader_runs() -> bool:
+        return any(thread.name == READER_NAME for thread in threading.enumerate())
+
+    class Looking(CpuCopyEngine):
+        def submit(self, order: CopyOrder, now_s: float) -> None:
+            found.add(reader_runs())
+            super().submit(order, now_s)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    measure_link(
+        run_sizes_bytes=(4096,),
+        scratch_bytes=1 << 16,
+        budget_s=0.0,
+        beside_reader=beside_reader,
+        engine_factory=Looking,
+    )
+    assert found == {reads}
+    assert not reader_runs()
+
+
+def test_the_latency_is_what_small_orders_take_longer_than_their_bytes() -> None:
+    class Clocked(CpuCopyEngine):
+        """Takes 1 ms an order and 1 ns a byte, and says so; in truth it takes what it takes."""
+
+        def poll(self) -> list[CopyResult]:
+            return [dataclasses.replace(r, seconds=1e-3 + r.n_bytes * 1e-9) for r in super().poll()]
+
+    links = measure_link(
+        run_sizes_bytes=(4096,),
+        scratch_bytes=64 << 20,
+        budget_s=0.0,
+        engine_factory=Clocked,
+    )
+    for link in links.values():
+        assert link.latency_s == pytest.approx(1e-3, rel=0.05)
+        assert link.points[0][1] == pytest.approx(1e9, rel=0.05)
 
 
 def test_a_failing_copy_fails_the_calibration() -> None:

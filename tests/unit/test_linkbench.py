@@ -256,7 +256,7 @@ def test_the_load_reads_memory_until_it_is_told_to_end() -> None:
 
 def test_the_models_error_is_of_the_measured_time(monkeypatch: pytest.MonkeyPatch) -> None:
     link = LinkMeasurement(0.0, ((SMALL, 1e9),))
-    monkeypatch.setattr(model_check, "measure_link", lambda _: {"store": link, "load": link})
+    monkeypatch.setattr(model_check, "measure_link", lambda _, **__: {"store": link, "load": link})
     monkeypatch.setattr(model_check, "QUICK_BLOCK_BYTES", (SMALL,))
     monkeypatch.setattr(model_check, "SMALL_COUNTS", (16,))
     found = model_check.check_model(Plan(CPU, MIB, rounds=1, quick=True))
