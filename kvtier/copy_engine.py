@@ -7,6 +7,7 @@ load and nobody for a store.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -40,6 +41,7 @@ from kvtier.copies.plan import (
     RunPlan,
     plan_order,
 )
+from kvtier.copies.urgency import Urgency
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -317,6 +319,7 @@ class CpuCopyEngine:
         self._changed.notify_all()
 
     def _run(self) -> None:
+        urgency = Urgency()
         while True:
             self._wakes.get()
             with self._changed:
@@ -327,7 +330,9 @@ class CpuCopyEngine:
                 job = (self._queues["load"] or self._queues["store"]).popleft()
                 self._active = job
                 self._control[CONTROL_STOP] = 0
-            done, error = self._copy(job)
+            # A request waits for a load; nobody does for a store.
+            with urgency.raised() if job.order.direction == "load" else contextlib.nullcontext():
+                done, error = self._copy(job)
             with self._changed:
                 self._active = None
                 if done or error:
