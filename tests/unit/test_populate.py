@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import mmap
 import re
+import sys
 import threading
+import types
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from kvtier import cpu_pool
 from kvtier.copies import populate
@@ -63,8 +66,8 @@ def test_the_engine_of_a_cpu_has_its_region_mapped(region: SharedRegion) -> None
     engine.close()
 
 
-def test_a_stop_waits_for_the_piece_under_way_and_leaves_the_rest(
-    region: SharedRegion, monkeypatch: pytest.MonkeyPatch
+def test_memory_stays_mapped_until_the_piece_under_way_has_ended(
+    monkeypatch: pytest.MonkeyPatch, region: SharedRegion
 ) -> None:
     begun, may_end = threading.Event(), threading.Event()
     ended: list[int] = []
@@ -76,17 +79,69 @@ def test_a_stop_waits_for_the_piece_under_way_and_leaves_the_rest(
         return True
 
     monkeypatch.setattr(populate, "_populate", piece)
-    populating = Populating(region.address, SIZE, piece_bytes=mmap.PAGESIZE)
+    address = region.address
+    populating = region._populating = Populating(address, SIZE, piece_bytes=SIZE)
     assert begun.wait(WAIT_S)
-    stopping = threading.Thread(target=populating.stop)
-    stopping.start()
+    closing = threading.Thread(target=region.close)
+    closing.start()
     assert populating._stopped.wait(WAIT_S)
-    assert not populating.wait(0)
-    assert stopping.is_alive()
+    assert closing.is_alive()
+    assert region._array is not None
     may_end.set()
-    stopping.join(WAIT_S)
+    closing.join(WAIT_S)
+    assert region._array is None
+    assert ended == [address]
     assert populating.wait(0)
-    assert ended == [region.address]
+
+
+def test_the_rest_is_left_when_it_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, region: SharedRegion
+) -> None:
+    asked: list[int] = []
+
+    def piece(address: int, n_bytes: int) -> bool:
+        asked.append(address)
+        # As `stop` does, which would wait for this very call.
+        region._populating._stopped.set()  # type: ignore[union-attr]
+        return True
+
+    monkeypatch.setattr(populate, "_populate", piece)
+    made = threading.Event()
+
+    class Late(Populating):
+        def _run(self) -> None:
+            assert made.wait(WAIT_S)
+            super()._run()
+
+    region._populating = Late(region.address, SIZE, piece_bytes=mmap.PAGESIZE)
+    made.set()
+    assert region._populating.wait(WAIT_S)
+    assert asked == [region.address]
+
+
+def test_a_gpu_that_cannot_lock_the_region_has_it_mapped(
+    monkeypatch: pytest.MonkeyPatch, region: SharedRegion
+) -> None:
+    cuda = types.ModuleType("kvtier.copies.cuda")
+    cuda.CudaCopyEngine = lambda *_, **__: "engine"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, cuda.__name__, cuda)
+    layout: Any = types.SimpleNamespace(device=torch.device("cuda"))
+    for locked in (True, False):
+        monkeypatch.setattr(region, "pin", lambda locked=locked: locked)
+        assert default_engine(layout, region) == "engine"  # type: ignore[comparison-overlap]
+        assert (region._populating is None) == locked
+
+
+def test_no_thread_to_be_had_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, region: SharedRegion
+) -> None:
+    def full(_: threading.Thread) -> None:
+        message = "can't start new thread"
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    assert region.populate().wait(WAIT_S)
+    assert mapped_bytes(region) == 0
 
 
 def test_a_kernel_that_cannot_is_no_failure(
