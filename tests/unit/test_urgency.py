@@ -92,7 +92,7 @@ def test_a_thread_is_as_nice_again_as_it_was(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_niceness_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    priorities = given(monkeypatch, Priorities(usual=-12))
+    priorities = given(monkeypatch, Priorities(usual=-18))
     with Urgency().raised():
         assert priorities.mine() == LEAST_NICENESS
 
@@ -112,3 +112,34 @@ def test_who_may_not_asks_once_and_copies_all_the_same(
         assert [result.ok for result in engine.poll()] == [True] * 3
     assert priorities.asked == [URGENT]
     assert caplog.text.count("share their core") == 1
+
+
+def test_who_may_not_even_ask_copies_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(which: int, thread: int) -> int:
+        raise refused()
+
+    monkeypatch.setattr(os, "getpriority", asked)
+    with Urgency().raised():
+        pass
+    case = make_case()
+    with CpuCopyEngine(case.layout, case.region) as engine:
+        engine.submit(case.order("load"), 0.0)
+        assert engine.drain(WAIT_S)
+        assert [result.ok for result in engine.poll()] == [True]
+
+
+def test_priority_is_of_one_thread_alone() -> None:
+    # To be nicer is allowed to everybody, and for good: in a thread that ends.
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    found: list[int] = []
+
+    def nicer() -> None:
+        mine = Urgency()
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(before + 2, 19))
+        found.append(os.getpriority(os.PRIO_PROCESS, mine._thread))
+
+    thread = threading.Thread(target=nicer)
+    thread.start()
+    thread.join()
+    assert found == [min(before + 2, 19)]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
