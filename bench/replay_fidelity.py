@@ -12,7 +12,8 @@ machine with nothing else to do. Nothing is enforced; the aim of 10 % is printed
 
 A virtual machine may compute a fifth faster or slower some seconds later, and waiting times in a queue answer more than in
 proportion. So a fixed piece of work is timed twice a second in both real runs, between steps. The clock is fitted to steps as
-they would have been at one pace, and both runs are replayed at the pace that the fixed work had then; and at one pace.
+they would have been at one pace, and both runs are replayed at the pace that the fixed work had then; and at one pace. Told the
+pace of the run, a replay explains more than it forecasts: what is tried is everything else.
 """
 
 from __future__ import annotations
@@ -170,6 +171,7 @@ class RealRun:
         self._parts: list[Scheduled] = []
         self._chance = Random(name)  # noqa: S311 - no secret
         self._fixed_work = FixedWork()
+        self._fixed_work.seconds()
         self.seen = Seen()
 
     def run(self, limit_s: float) -> Seen:
