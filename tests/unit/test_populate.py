@@ -39,6 +39,20 @@ def region() -> Iterator[SharedRegion]:
     path.unlink()
 
 
+def can_populate() -> bool:
+    with mmap.mmap(-1, mmap.PAGESIZE) as memory:
+        try:
+            memory.madvise(populate.MADV_POPULATE_WRITE)
+        except OSError:
+            return False
+        return True
+
+
+needs_populate = pytest.mark.skipif(
+    not can_populate(), reason="this kernel has no MADV_POPULATE_WRITE (Linux 5.14)"
+)
+
+
 def mapped_bytes(region: SharedRegion) -> int:
     """Of the region's pages, those that this process may touch without a fault."""
     smaps = Path("/proc/self/smaps").read_text(encoding="utf-8")
@@ -48,6 +62,7 @@ def mapped_bytes(region: SharedRegion) -> int:
     return int(found[1]) * 1024
 
 
+@needs_populate
 def test_all_pages_are_mapped_and_hold_what_they_held(region: SharedRegion) -> None:
     assert mapped_bytes(region) == 0
     populating = region.populate()
@@ -57,6 +72,7 @@ def test_all_pages_are_mapped_and_hold_what_they_held(region: SharedRegion) -> N
     assert region.populate() is populating
 
 
+@needs_populate
 def test_the_engine_of_a_cpu_has_its_region_mapped(region: SharedRegion) -> None:
     engine = default_engine(make_case().layout, region)
     populating = region._populating
