@@ -30,7 +30,6 @@ RUN_SIZES_BYTES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
 SCRATCH_BYTES = 128 << 20
 """Per side: well beyond the caches that cores share, so that memory is measured."""
 READER_NAME = "kvtier-reader"
-_READ_BYTES = 64 << 20
 _LATENCY_BYTES = 2 * INLINE_BYTES
 _ORDER_TIMEOUT_S = 10.0
 _MAX_ROUNDS = 32
@@ -200,7 +199,7 @@ def _reader() -> Iterator[None]:
     if len(os.sched_getaffinity(0)) == 1:
         yield
         return
-    data = np.ones(_READ_BYTES // 8)
+    data = np.ones(SCRATCH_BYTES // 8)
     reading, stopped = threading.Event(), threading.Event()
 
     def read() -> None:
